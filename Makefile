@@ -1,0 +1,49 @@
+# `make quickstart` and `make test` need only python3 and make: they build their own
+# virtual environment, once, and again when the requirements change.
+#
+#   make quickstart ARGS="--data mnist --seconds 60"
+#   make test       ARGS="-k quickstart"
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help quickstart test lint format bench clean
+
+help:
+	@echo "make quickstart   train a sigmoid belief network by RWS and NaturalRWS; table and figure"
+	@echo "make test         format check, lint, types, tests"
+	@echo "make lint         format check, lint, types"
+	@echo "make format       format and sort imports"
+	@echo "make bench        benchmarks"
+	@echo "make clean        remove the virtual environment and the caches"
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[pyro,tutorials,dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/python -m pyro_helmholtz.quickstart $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,288 @@
+"""Learning curves of natural RWS, RWS and Pyro's RWS on the same networks and data.
+
+    python benchmarks/learning.py --data digits --layers 20,10 --epochs 50
+    python benchmarks/learning.py --data mnist14 --layers 100,50,20,10,10 --seconds 90 \
+        --methods rws-sgd,rws-adam,natural --grid rws-sgd=0.1,0.2 --seeds 0,1,2 \
+        --curve-every 15 --json learning.jsonl
+    python benchmarks/learning.py --data mnist --layers 200,100 --epochs 2 --methods natural \
+        --natural "damping=0.2,fisher=kronecker,lr=0.05,momentum=0.9,nesterov=True"
+
+Every method starts from the same parameters for a seed and sees the data in the same order. The
+clock stands still during evaluation, whose random numbers are apart from those of training. The
+rates of ``--grid`` and ``--lr`` are tried one by one; ``natural`` without options runs the
+library's defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import SVI, ReweightedWakeSleep
+from rich.console import Console
+from rich.table import Table
+from step_time import make_programs
+from torch import Tensor
+
+import pyro_helmholtz as ph
+from pyro_helmholtz.datasets import load
+
+GRID = {"rws-sgd": [0.1], "rws-adam": [0.003], "pyro-adam": [0.003], "natural": [None]}
+SGD_OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "dampening")
+
+
+def images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The binary training and test images, shapes ``(n, pixels)``."""
+    if args.data != "mnist14":
+        name = {} if args.data == "digits" else {"folder": args.folder}
+        data = load(args.data, binarize=args.binarize, **name)
+        return data.train.to(args.device), data.test.to(args.device)
+    data = load("mnist", binarize=None, folder=args.folder)
+    pooled = (
+        torch.nn.functional.avg_pool2d(grey.reshape(-1, 1, *data.shape), 2).flatten(1)
+        for grey in (data.train, data.test)
+    )
+    train, test = ((grey >= 0.5).float().to(args.device) for grey in pooled)
+    return train, test
+
+
+def make_step(method: str, options: dict, model: Callable, guide: Callable, size: int) -> Callable:
+    """Makes the ``step(x)`` of a method; its options go to the optimiser and to the estimator."""
+    common = {"num_particles": size, "max_plate_nesting": 1}
+    if method == "pyro-adam":
+        loss = ReweightedWakeSleep(
+            vectorize_particles=True, insomnia=0.5, num_sleep_particles=1, **common
+        )
+        step = SVI(model, guide, pyro.optim.Adam(dict(options)), loss=loss).step
+        return lambda x: step(x)[0]
+    if method == "rws-adam":
+        return ph.RWS(model, guide, pyro.optim.Adam(dict(options)), **common).step
+    if method == "rws-sgd":
+        return ph.RWS(model, guide, pyro.optim.SGD(dict(options)), **common).step
+    sgd = {key: value for key, value in options.items() if key in SGD_OPTIONS}
+    rest = {key: value for key, value in options.items() if key not in SGD_OPTIONS}
+    if sgd and "lr" not in sgd:
+        raise ValueError(f"the options {sgd} of SGD need an lr beside them")
+    optim = pyro.optim.SGD(sgd) if sgd else None
+    return ph.NaturalRWS(model, guide, optim, **(common | rest)).step
+
+
+def minibatches(x: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """Yields minibatches for ever, every epoch in a new order; the last rows are left out."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        for start in range(0, len(x) - size + 1, size):
+            yield x[order[start : start + size]]
+
+
+def evaluate(
+    model: Callable, guide: Callable, test: Tensor, particles: int, seed: int
+) -> ph.LogLikelihood:
+    """The test log-likelihood, with random numbers of its own."""
+    devices = [test.device] if test.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed + 1_000_000)
+        return ph.log_likelihood(
+            model,
+            guide,
+            test,
+            num_particles=particles,
+            particles_at_once=min(100, particles),
+            batch=100,
+            max_plate_nesting=1,
+        )
+
+
+def train(
+    method: str, options: dict, seed: int, data: tuple[Tensor, Tensor], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Trains once; returns a record for the JSON file."""
+    x, test = data[0], data[1][: args.eval_images]
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    widths = [x.shape[1], *map(int, args.layers.split(","))]
+    model, guide = make_programs(widths, args.device)
+    step = make_step(method, options, model, guide, args.particles)
+
+    per_epoch = len(x) // args.batch_size
+    limit = math.inf if args.epochs is None else math.ceil(args.epochs * per_epoch)
+    record = {"method": method, "options": options, "seed": seed, "curve": [], "error": None}
+    seconds, steps, next_point = 0.0, 0, args.curve_every or math.inf
+    try:
+        for batch in minibatches(x, args.batch_size, seed):
+            if steps >= limit or (args.seconds is not None and seconds >= args.seconds):
+                break
+            start = time.perf_counter()
+            loss = step(batch)
+            seconds += time.perf_counter() - start
+            steps += 1
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss of step {steps} is {loss}")
+            if seconds >= next_point:
+                next_point += args.curve_every * math.ceil(
+                    (seconds - next_point + 1e-9) / args.curve_every
+                )
+                point = evaluate(model, guide, test, args.curve_particles, seed)
+                record["curve"].append([seconds, steps, point.mean])
+        final = evaluate(model, guide, test, args.eval_particles, seed)
+        record |= {"log_p": final.mean, "stderr": final.stderr}
+        record |= {"ess": final.ess.mean().item()}
+        record |= {"khat_above_0.7": (final.khat > 0.7).double().mean().item()}
+    except (ArithmeticError, ValueError, RuntimeError) as error:  # a run that diverges
+        record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    record |= {"seconds": seconds, "steps": steps, "epochs": steps / per_epoch}
+    return record
+
+
+def describe(options: dict) -> str:
+    """The options on one line."""
+    return ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
+
+
+def report(records: list[dict], args: argparse.Namespace) -> None:
+    """Prints one row for each setting, the mean over its seeds."""
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        groups.setdefault((record["method"], describe(record["options"])), []).append(record)
+    budget = f"{args.epochs:g} epochs" if args.epochs is not None else f"{args.seconds:g} s"
+    table = Table(title=f"{args.data}, {args.layers}, {budget}, {len(args.seeds)} seeds")
+    for column in ("method", "options"):
+        table.add_column(column)
+    for column in ("test log p", "sd (seeds)", "s.e. (data)", "ESS", "k > 0.7", "epochs", "s"):
+        table.add_column(column, justify="right")
+    table.add_column("ms / step", justify="right")
+    rows = []
+    for (method, options), group in groups.items():
+        good = [record for record in group if record["error"] is None]
+
+        def mean(key: str, group: list[dict] = good or group) -> float:
+            return statistics.mean(record[key] for record in group)
+
+        times = [f"{mean('epochs'):.1f}", f"{mean('seconds'):.1f}"]
+        times.append(f"{1e3 * mean('seconds') / max(mean('steps'), 1):.2f}")
+        if len(good) < len(group):
+            options += f" ({len(group) - len(good)} of {len(group)} diverged)"
+        if not good:
+            rows.append((-math.inf, [method, options, "–", "–", "–", "–", "–", *times]))
+            continue
+        values = [record["log_p"] for record in good]
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "–"
+        cells = [f"{mean('log_p'):.2f}", spread, f"{mean('stderr'):.2f}", f"{mean('ess'):.0f}"]
+        cells.append(f"{mean('khat_above_0.7'):.0%}")
+        rows.append((mean("log_p"), [method, options, *cells, *times]))
+    for _, cells in sorted(rows, key=lambda row: -row[0]):
+        table.add_row(*cells)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe: no need to fold at 80 columns
+        console = Console(width=160)
+    console.print(table)
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Reads ``"damping=0.2,fisher=kronecker"``."""
+    options = {}
+    for item in filter(None, text.split(",")):
+        key, _, value = item.partition("=")
+        try:
+            options[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key.strip()] = value
+    return options
+
+
+def settings(args: argparse.Namespace) -> list[tuple[str, dict]]:
+    """Every method with every one of its settings."""
+    grid = dict(GRID)
+    if args.lr:
+        grid |= {name: [float(lr) for lr in args.lr.split(",")] for name in GRID}
+    for item in args.grid:
+        name, _, rates = item.partition("=")
+        if name not in GRID:
+            raise ValueError(f"--grid {item}: no method {name!r}; there are {sorted(GRID)}")
+        grid[name] = [float(lr) for lr in rates.split(",")]
+    found = []
+    for method in args.methods.split(","):
+        if method not in GRID:
+            raise ValueError(f"--methods: no method {method!r}; there are {sorted(GRID)}")
+        bases = [parse_options(text) for text in args.natural] if method == "natural" else []
+        for base in bases or [{}]:
+            # A rate among --natural's options stands; the grid is for those without.
+            rates = [None] if "lr" in base else grid[method]
+            found += [(method, base if lr is None else {**base, "lr": lr}) for lr in rates]
+    return found
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", choices=["digits", "mnist14", "mnist"], default="digits")
+    parser.add_argument("--folder", help="where MNIST's IDX files are")
+    parser.add_argument("--binarize", choices=["threshold", "sample"], default="threshold")
+    parser.add_argument("--layers", default="100,50,20,10,10", help="hidden layers, bottom first")
+    parser.add_argument("--methods", default="rws-sgd,rws-adam,pyro-adam,natural")
+    parser.add_argument("--lr", help="rates for every method, with commas")
+    parser.add_argument("--grid", action="append", default=[], metavar="METHOD=LR,LR")
+    parser.add_argument(
+        "--natural",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="options of NaturalRWS and of its SGD, key=value with commas; may be repeated",
+    )
+    parser.add_argument("--seeds", default="0")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--epochs", type=float)
+    budget.add_argument("--seconds", type=float, help="of training, evaluation excluded")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--particles", type=int, default=10)
+    parser.add_argument("--eval-particles", type=int, default=1_000)
+    parser.add_argument("--eval-images", type=int, default=2_000)
+    parser.add_argument("--curve-every", type=float, help="seconds of training between points")
+    parser.add_argument("--curve-particles", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="file to append one line for each run to")
+    args = parser.parse_args()
+    if args.epochs is None and args.seconds is None:
+        args.epochs = 5.0
+    try:
+        runs = settings(args)
+    except ValueError as error:
+        parser.error(str(error))
+    args.seeds = [int(seed) for seed in args.seeds.split(",")]
+
+    torch.set_num_threads(args.threads)
+    data = images(args)
+    if len(data[0]) < args.batch_size:
+        parser.error(f"--batch-size {args.batch_size} is more than the {len(data[0])} images")
+    keys = ("data", "layers", "batch_size", "particles", "eval_particles", "threads", "device")
+    shared = {key: getattr(args, key) for key in keys} | {"eval_images": args.eval_images}
+    # Two steps of every method that nobody counts: first calls import and allocate.
+    brief = {"epochs": 2 * args.batch_size / len(data[0]), "seconds": None, "eval_particles": 1}
+    for method, options in dict(runs).items():
+        train(method, options, 0, data, argparse.Namespace(**(vars(args) | brief)))
+    records = []
+    for seed in args.seeds:
+        for method, options in runs:
+            record = train(method, options, seed, data, args)
+            records.append(record)
+            result = record["error"] or f"{record['log_p']:.2f} in {record['seconds']:.1f} s"
+            print(f"{method} ({describe(options)}), seed {seed}: {result}", flush=True)
+            if args.json:
+                with args.json.open("a") as file:
+                    file.write(json.dumps(shared | record) + "\n")
+    report(records, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What is refused, and how it is said: every error names the site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+
+Site = dict[str, Any]
+
+
+def is_stochastic(site: Site) -> bool:
+    """True for sample sites that carry probability."""
+    return (
+        site["type"] == "sample"
+        and type(site["fn"]).__name__ != "_Subsample"
+        and not site["infer"].get("_deterministic")
+    )
+
+
+def latents(trace: poutine.Trace) -> dict[str, Site]:
+    """The sites that were sampled, not observed."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if is_stochastic(site) and not site["is_observed"]
+    }
+
+
+def check_sites(trace: poutine.Trace, program: str) -> None:
+    """Refuse enumeration marks.
+
+    Raises:
+        ValueError: naming the site and the program it stands in.
+    """
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and site["infer"].get("enumerate"):
+            raise ValueError(
+                f"site {name!r} of the {program} is marked for enumeration "
+                f"(infer={{'enumerate': {site['infer']['enumerate']!r}}}). These estimators "
+                "sample discrete latents: remove the mark or config_enumerate."
+            )
+
+
+def _plates(site: Site) -> set[str]:
+    return {frame.name for frame in site["cond_indep_stack"]}
+
+
+def check_against_model(model: poutine.Trace, guide: poutine.Trace) -> None:
+    """Refuse a guide whose latents, plates or supports are not the model's.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    in_model, in_guide = latents(model), latents(guide)
+    for name in in_model:
+        if name not in in_guide:
+            raise ValueError(
+                f"latent site {name!r} of the model is missing from the guide, which has "
+                f"{sorted(in_guide)}. Every latent needs a sample site in the guide."
+            )
+    for name in in_guide:
+        if name not in in_model:
+            observed = name in model.nodes and model.nodes[name]["type"] == "sample"
+            what = "is observed there" if observed else f"has {sorted(in_model)}"
+            raise ValueError(
+                f"site {name!r} of the guide is no latent of the model, which {what}."
+            )
+    for name, site in in_guide.items():
+        other = in_model[name]
+        if _plates(site) != _plates(other):
+            raise ValueError(
+                f"latent site {name!r} stands in the plates {sorted(_plates(site))} of the guide "
+                f"but in {sorted(_plates(other))} of the model. Both need the same plates."
+            )
+        _check_support(name, site, other)
+
+
+def _check_support(name: str, guide: Site, model: Site) -> None:
+    if guide["fn"].event_dim != model["fn"].event_dim:
+        raise ValueError(
+            f"latent site {name!r} has event_dim {guide['fn'].event_dim} in the guide but "
+            f"{model['fn'].event_dim} in the model. Use the same to_event in both."
+        )
+    ours, theirs = guide["fn"].support, model["fn"].support
+    if ours.is_discrete != theirs.is_discrete:
+        raise ValueError(
+            f"latent site {name!r} has support {ours} in the guide but {theirs} in the model."
+        )
+    if type(ours) is type(theirs) or str(ours) == str(theirs):
+        return
+    if not bool(theirs.check(guide["value"]).all()):
+        raise ValueError(
+            f"latent site {name!r}: the guide draws values with support {ours}, some of which lie "
+            f"outside the model's support {theirs}."
+        )
+
+
+def check_observations(trace: poutine.Trace) -> None:
+    """Refuse a program without observations, an empty batch and NaN data.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    any_observed = False
+    for name, site in trace.nodes.items():
+        if not (is_stochastic(site) and site["is_observed"]):
+            continue
+        any_observed = True
+        value = site["value"]
+        if not torch.is_tensor(value):
+            continue
+        if value.numel() == 0 and type(site["fn"]).__name__ != "Unit":
+            raise ValueError(
+                f"observed site {name!r} got an empty batch of shape {tuple(value.shape)}."
+            )
+        if value.is_floating_point() and bool(torch.isnan(value.sum())):
+            raise ValueError(
+                f"observed site {name!r} has {int(torch.isnan(value).sum())} NaN values in its "
+                "data. Put a finite placeholder there and mask the entries (poutine.mask)."
+            )
+    if not any_observed:
+        raise ValueError(
+            "the model has no observed site. Condition it on data: "
+            "pyro.sample(name, distribution, obs=x)."
+        )
+
+
+def check_log_prob_shape(site: Site, log_prob: torch.Tensor, ndim: int) -> None:
+    """Refuse batch dimensions that no plate declares.
+
+    Raises:
+        ValueError: naming the site, its shape and its plates.
+    """
+    declared = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
+    for dim in range(-log_prob.ndim, 0):
+        size = log_prob.shape[dim]
+        if (size != 1 and declared.get(dim) != size) or -dim > ndim:
+            raise ValueError(
+                f"site {site['name']!r} has log-probabilities of shape {tuple(log_prob.shape)}, "
+                f"but dimension {dim} (size {size}) belongs to no plate of it: it has "
+                f"{ {f.name: (f.dim, f.size) for f in site['cond_indep_stack']} }. "
+                "Declare the dimension by pyro.plate or by .to_event(...)."
+            )

@@ -1,0 +1,149 @@
+"""What all estimators share: two phases, a surrogate whose gradient is the direction.
+
+An estimator runs the programs and returns a ``Pass``: the loss, and a scalar whose gradient
+is the direction of *ascent*, a mean over data. It knows nothing of Fisher matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor
+
+from ..trace import Dream, Layout, Programs, Wake, parameters, site_log_prob, stochastic_sites
+
+
+@dataclass
+class Pass:
+    """One run of the programs.
+
+    Attributes:
+        loss: minus the bound, on the host's scale (a float tensor without graph).
+        surrogate: scalar, its gradient is the direction of ascent per datum.
+        wake, dream: the traces; dream is None without a sleep phase.
+    """
+
+    loss: Tensor
+    surrogate: Tensor
+    wake: Wake
+    dream: Dream | None
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Unconstrained leaves of all parameters by name."""
+        traces = [self.wake.model, self.wake.guide]
+        traces += [self.dream.model, self.dream.guide] if self.dream else []
+        return parameters(*traces)
+
+
+def score(
+    trace: poutine.Trace,
+    layout: Layout,
+    weights: Mapping[tuple, Tensor] | None,
+    *,
+    observed: bool = True,
+) -> Tensor:
+    """``Σ_sites scale · weight · log p / number of data``, differentiable in the parameters.
+
+    Args:
+        trace: of a program. layout: of the model. weights: per turn of the sequential plates,
+            (K, data dimensions); None for 1. observed: with observed sites.
+    """
+    total: Any = 0.0
+    for _, site in stochastic_sites(trace):
+        if site["is_observed"] and not observed:
+            continue
+        log_prob = site_log_prob(site)
+        if not log_prob.requires_grad:
+            continue
+        scale = site["scale"]
+        if weights is not None:
+            weight = weights[layout.key(site)]
+            value = (weight * layout.reduce(log_prob * scale)).sum()
+        else:
+            value = (log_prob * scale).sum()
+        total = total + value
+    return total / layout.num_data if torch.is_tensor(total) else torch.zeros(())
+
+
+class HelmholtzELBO(ELBO):
+    """Base of the estimators, with the interface that ``pyro.infer.SVI`` asks for.
+
+    Args:
+        num_particles: K, at least 1.
+        max_plate_nesting: number of plate dimensions; found by a first run if infinite.
+        dream_args: ``fn(dreams, *args, **kwargs) -> (args, kwargs)`` for the guide's sleep.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        max_plate_nesting: float = math.inf,
+        dream_args: Callable | None = None,
+    ) -> None:
+        if not (isinstance(num_particles, int) and num_particles >= 1):
+            raise ValueError(f"num_particles must be an int of at least 1, got {num_particles!r}.")
+        super().__init__(
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=True,
+        )
+        self.dream_args = dream_args
+        self._programs: Programs | None = None
+
+    def programs(self, model: Callable, guide: Callable) -> Programs:
+        """The programs with this estimator's options, remembered between calls."""
+        known = self._programs
+        if known is None or known.model is not model or known.guide is not guide:
+            self._programs = Programs(
+                model, guide, self.num_particles, self.max_plate_nesting, self.dream_args
+            )
+        assert self._programs is not None
+        return self._programs
+
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
+        """The host's hook: the wake traces of model and guide."""
+        wake = self.programs(model, guide).wake(args, kwargs)
+        return wake.model, wake.guide
+
+    def run(self, programs: Programs, args: tuple, kwargs: dict[str, Any]) -> Pass:
+        """Run the phases of one update."""
+        raise NotImplementedError
+
+    def sleep(self, programs: Programs, wake: Wake, args: tuple, kwargs: dict) -> Dream:
+        """One dream per datum, on the wake phase's subsample."""
+        return programs.dream(args, kwargs, subsample=wake.guide)
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Minus the K-particle bound, on the host's scale; no gradient."""
+        with torch.no_grad():
+            return float(-self.programs(model, guide).wake(args, kwargs).bound())
+
+    def differentiable_loss(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The loss as a tensor; its gradient is minus the direction, summed over data."""
+        done = self.run(self.programs(model, guide), args, kwargs)
+        surrogate = done.surrogate * done.wake.layout.num_data
+        return done.loss - (surrogate - surrogate.detach())
+
+    def loss_and_grads(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> float:
+        """Add the loss's gradient to every parameter's ``.grad`` and return the loss."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        value = float(loss)
+        pyro.util.warn_if_nan(value, "loss")
+        return value

@@ -1,0 +1,258 @@
+"""From traces to blocks: group the roots that share parameters, and choose each block's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import graph, layers
+from ..layers import Application, Opaque, Root
+from ..trace import Programs, Recipe
+from .blocks import Block, Component, MatrixFreeBlock, Part, UnitBlock
+from .evidence import Entry
+
+
+@dataclass
+class Found:
+    """One entry with how parameters enter it.
+
+    Attributes:
+        entry: the information. applications: per argument, or None (opaque or constant).
+        leaves: names of all parameters that enter. reason: why it is opaque, or empty.
+    """
+
+    entry: Entry
+    applications: list[Application | None]
+    leaves: list[str]
+    reason: str = ""
+
+
+@dataclass
+class Source:
+    """A program's entries on one batch, and how to run the program again on it."""
+
+    entries: list[Entry]
+    recipe: Recipe
+
+
+@dataclass
+class _Group:
+    found: list[tuple[int, int, Found]] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+
+
+def find(entry: Entry, leaves: Mapping[int, str], roots: dict[tuple, Root]) -> Found:
+    """How parameters enter an entry; roots met before are used again."""
+    names: list[str] = []
+    for argument in entry.arguments:
+        below = graph.leaves_below(graph.root_of(argument))
+        names += [leaves[key] for key in below if key in leaves]
+    names = list(dict.fromkeys(names))
+    try:
+        applications = []
+        for argument in entry.arguments:
+            argument = _logits(argument) if entry.form == "vector" else argument
+            application = layers.find(argument, leaves)
+            if application is not None:
+                application.root = roots.setdefault(application.root.key, application.root)
+            applications.append(application)
+    except Opaque as reason:
+        return Found(entry, [], names, str(reason))
+    if entry.form == "coupled" and any(a is None for a in applications):
+        return Found(entry, [], names, "coupled with an argument without parameters")
+    return Found(entry, applications, names)
+
+
+def _logits(argument: Tensor) -> Tensor:
+    """Step over the normalisation of categorical logits, which the information ignores."""
+    node = argument.grad_fn
+    if node is None or graph.kind(node) != "Sub":
+        return argument
+    first, second = (child for child, _ in node.next_functions)
+    if first is None or second is None or graph.kind(second) != "Logsumexp":
+        return argument
+    if second.next_functions[0][0] is not first:
+        return argument
+    return _Edge(argument, first, node.next_functions[0][1])  # type: ignore[return-value]
+
+
+class _Edge:
+    """A node of the graph that stands in for the tensor that it made."""
+
+    def __init__(self, like: Tensor, node: object, nr: int) -> None:
+        self.grad_fn, self.output_nr = node, nr
+        self.requires_grad = True
+        self.shape, self.device = like.shape, like.device
+
+
+def assemble(
+    sources: list[Source], tensors: Mapping[str, Tensor], programs: Programs
+) -> list[Block]:
+    """The blocks of the Fisher matrix on one batch.
+
+    Args:
+        sources: the model's and the guide's entries, graphs alive.
+        tensors: the parameters' leaves by name. programs: to run them again.
+
+    Returns:
+        Blocks whose parameters are disjoint; parameters that no entry holds are in none.
+    """
+    groups: list[_Group] = []
+    leaves = {id(leaf): name for name, leaf in tensors.items()}
+    for s, source in enumerate(sources):
+        roots: dict[tuple, Root] = {}
+        for e, entry in enumerate(source.entries):
+            found = find(entry, leaves, roots)
+            group = _Group([(s, e, found)], set(found.leaves))
+            joined = [g for g in groups if g.names & group.names]
+            for other in joined:
+                groups.remove(other)
+                group.found = other.found + group.found
+                group.names |= other.names
+            groups.append(group)
+    return [_block(group, sources, tensors, programs) for group in groups]
+
+
+def _block(
+    group: _Group, sources: list[Source], tensors: Mapping[str, Tensor], programs: Programs
+) -> Block:
+    reason = next((f.reason for _, _, f in group.found if f.reason), "")
+    if not reason:
+        try:
+            return _unit_block(group, tensors)
+        except Opaque as error:
+            reason = str(error)
+    return _matrix_free(group, sources, tensors, programs, reason)
+
+
+def _names(root: Root, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    of = {id(leaf): name for name, leaf in tensors.items()}
+    return tuple(of[id(leaf)] for leaf in root.leaves)
+
+
+def _summary(group: _Group) -> tuple[list[str], bool, str]:
+    entries = [f.entry for _, _, f in group.found]
+    sites = list(dict.fromkeys(e.site for e in entries))
+    inexact = [e for e in entries if not e.exact]
+    how = inexact[0].how if inexact else entries[0].how
+    return sites, not inexact, how
+
+
+def _unit_block(group: _Group, tensors: Mapping[str, Tensor]) -> UnitBlock:
+    forms = {f.entry.form for _, _, f in group.found}
+    if forms == {"scalar"}:
+        components, parts, kind = _scalar_parts(group, tensors)
+    elif len(forms) == 1:
+        components, parts, kind = _vector_parts(group, tensors)
+    else:
+        raise Opaque("shared between scalar and coupled arguments")
+    sites, exact, how = _summary(group)
+    return UnitBlock(sites, kind, components, parts, exact, how)
+
+
+def _scalar_parts(
+    group: _Group, tensors: Mapping[str, Tensor]
+) -> tuple[list[Component], list[Part], str]:
+    """Rows of all roots one below the other; arguments over one root add up."""
+    roots: dict[int, Root] = {}
+    coefficients: dict[int, Tensor] = {}
+    for _, _, found in group.found:
+        application = found.applications[0]
+        assert application is not None
+        value = graph.pull(application.chain, found.entry.information)
+        key = id(application.root)
+        roots[key] = application.root
+        coefficients[key] = coefficients[key] + value if key in coefficients else value
+    first = next(iter(roots.values()))
+    names = _names(first, tensors)
+    for root in roots.values():
+        if _names(root, tensors) != names or not _same_columns(root, first):
+            raise Opaque("parameters are shared between unlike layers")
+    parts = [Part(root.features(), root.coefficient(coefficients[key])) for key, root in roots.items()]
+    kind = first.what if len(roots) == 1 else f"{first.what}, shared by {len(roots)}"
+    return [Component(list(names), list(first.columns))], parts, kind
+
+
+def _same_columns(one: Root, other: Root) -> bool:
+    for a, b in zip(one.columns, other.columns, strict=True):
+        if a.transposed != b.transposed or (a.index is None) != (b.index is None):
+            return False
+        if a.index is not None and b.index is not None and not torch.equal(a.index, b.index):
+            return False
+    return True
+
+
+def _vector_parts(
+    group: _Group, tensors: Mapping[str, Tensor]
+) -> tuple[list[Component], list[Part], str]:
+    """Units that are vectors: one group of rows of the parameters for each."""
+    if len(group.found) > 1:
+        raise Opaque("coupled arguments share parameters with another site")
+    found = group.found[0][2]
+    entry = found.entry
+    pieces = _components(found)
+    first_root = pieces[0][0]
+    rows = pieces[0][1]
+    for root, row, _, _ in pieces[1:]:
+        same = root is first_root or _same_features(root, first_root)
+        if not same or not torch.equal(row, rows):
+            raise Opaque("coupled arguments with unlike features")
+    d = len(pieces)
+    units = torch.stack([unit for _, _, unit, _ in pieces], 1)
+    groups, which = torch.unique(units, dim=0, return_inverse=True)
+    slopes = torch.stack([slope for *_, slope in pieces], 1)
+    info = entry.information.reshape(-1, d, d) * slopes[:, :, None] * slopes[:, None, :]
+    size = first_root.num_rows * groups.shape[0]
+    q = torch.zeros(size, d, d, dtype=info.dtype, device=info.device)
+    q.index_add_(0, rows * groups.shape[0] + which, info)
+    coefficients = q.reshape(first_root.num_rows, groups.shape[0], d, d)
+    components = [
+        Component(list(_names(root, tensors)), list(root.columns), groups[:, i])
+        for i, (root, *_) in enumerate(pieces)
+    ]
+    taken = torch.cat([groups[:, i] for i in range(d)])
+    if first_root is pieces[-1][0] and taken.unique().numel() != taken.numel():
+        raise Opaque("a unit serves two coupled arguments")
+    part = Part(first_root.features(), coefficients)
+    return components, [part], first_root.what
+
+
+def _same_features(one: Root, other: Root) -> bool:
+    a, b = one.features(), other.features()
+    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or bool(torch.equal(a, b)))
+
+
+def _components(found: Found) -> list[tuple[Root, Tensor, Tensor, Tensor]]:
+    """Per component of the vector: its root, and row, unit and slope of each variable."""
+    pieces = []
+    vector = found.entry.form == "vector"
+    for argument, application in zip(found.entry.arguments, found.applications, strict=True):
+        assert application is not None
+        root, chain, head = application.root, application.chain, torch.Size(argument.shape)
+        element = graph.lift_index(chain, root.shape, head, argument.device)
+        dtype = found.entry.information.dtype
+        ones = torch.ones(root.shape, dtype=dtype, device=argument.device)
+        slope = graph.lift(chain, ones, head, slopes=True) if chain else ones
+        assert root.row is not None and root.unit is not None
+        columns = range(head[-1]) if vector else [None]
+        for k in columns:
+            index = (element if k is None else element[..., k]).reshape(-1)
+            slopes = (slope if k is None else slope[..., k]).reshape(-1)
+            pieces.append((root, root.row[index], root.unit[index], slopes))
+    return pieces
+
+
+def _matrix_free(
+    group: _Group, sources: list[Source], tensors: Mapping[str, Tensor], programs: Programs, reason: str
+) -> MatrixFreeBlock:
+    sites, exact, how = _summary(group)
+    names = sorted(group.names)
+    used: dict[int, list[int]] = {}
+    for s, e, _ in group.found:
+        used.setdefault(s, []).append(e)
+    recipes = [(sources[s].recipe, which) for s, which in used.items()]
+    shapes = [tensors[name].shape for name in names]
+    return MatrixFreeBlock(sites, names, shapes, recipes, programs, exact, how, reason)

@@ -1,0 +1,400 @@
+"""Blocks of the Fisher matrix as operators: ``matvec``, ``diagonal``, ``dense``, ``solve``.
+
+A ``UnitBlock`` holds one layer: all units share the features ``U`` (n, l), each has its own
+coefficients ``Q`` (n, units), and ``F_j = Uᵀ diag(Q_j) U``. Memory is n·(l + units). Units
+that are vectors (categorical logits, coupled families) have (d, d) coefficients and blocks of
+size d·l. A ``MatrixFreeBlock`` holds whatever has no such form, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..layers import Columns
+from ..trace import Programs, Recipe, parameters
+from . import solvers
+from .evidence import entries
+from .solvers import EigenBasis, Solution
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass
+class Part:
+    """One batch's rows: features (n, l), coefficients (n, units) or (n, units, d, d)."""
+
+    features: Tensor
+    coefficients: Tensor
+
+
+@dataclass
+class Component:
+    """One vector component of a block's units.
+
+    Attributes:
+        names, columns: the parameters side by side. units: which rows of them, or None for all.
+    """
+
+    names: list[str]
+    columns: list[Columns]
+    units: Tensor | None = None
+
+
+@dataclass
+class UnitBlock:
+    """One block per unit over shared features.
+
+    Attributes:
+        sites: the sites that the parameters feed. kind: affine, convolution, …, direct.
+        components: d of them. parts: rows of one or several batches. exact: the information.
+        how: where the information comes from.
+    """
+
+    sites: list[str]
+    kind: str
+    components: list[Component]
+    parts: list[Part]
+    exact: bool = True
+    how: str = "closed form"
+    basis: EigenBasis | None = None
+    scales: Tensor | None = None
+    solver: str = "unit"
+    tolerance: float = 1e-2
+
+    @property
+    def site(self) -> str:
+        return ", ".join(self.sites)
+
+    @property
+    def params(self) -> list[str]:
+        return list(dict.fromkeys(name for c in self.components for name in c.names))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return tuple(self.params)
+
+    @property
+    def d(self) -> int:
+        return len(self.components)
+
+    @property
+    def units(self) -> int:
+        return int(self.parts[0].coefficients.shape[1])
+
+    @property
+    def fan_in(self) -> int:
+        return int(self.parts[0].features.shape[1])
+
+    @property
+    def size(self) -> int:
+        return self.d * self.fan_in
+
+    def gather(self, tensors: Tensors) -> Tensor:
+        """Parameters' tensors by name as (units, size)."""
+        rows = []
+        for component in self.components:
+            parts = [
+                c.to_units(tensors[n])
+                for n, c in zip(component.names, component.columns, strict=True)
+            ]
+            row = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            rows.append(row if component.units is None else row[component.units])
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+    def scatter(self, x: Tensor) -> dict[str, Tensor]:
+        """The inverse of ``gather``."""
+        flat: dict[str, Tensor] = {}
+        matrices: dict[str, Tensor] = {}
+        columns: dict[str, Columns] = {}
+        for i, component in enumerate(self.components):
+            piece = x[:, i * self.fan_in : (i + 1) * self.fan_in]
+            start = 0
+            for name, column in zip(component.names, component.columns, strict=True):
+                width = column.shape[1]
+                value = piece[:, start : start + width]
+                start += width
+                if component.units is None:
+                    flat[name] = column.to_leaf(value)
+                    continue
+                if name not in matrices:
+                    matrices[name] = torch.zeros(column.shape, dtype=x.dtype, device=x.device)
+                    columns[name] = column
+                matrices[name][component.units] = value
+        return flat | {name: columns[name].to_leaf(m) for name, m in matrices.items()}
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """``F v``, (units, size) → (units, size)."""
+        out = torch.zeros_like(v)
+        for part in self.parts:
+            u, q = part.features, part.coefficients
+            if q.ndim == 2:
+                out += ((v @ u.t()) * q.t()) @ u
+            else:
+                inner = v.reshape(self.units, self.d, -1) @ u.t()
+                weighted = torch.einsum("ngij,gjn->gin", q, inner)
+                out += (weighted @ u).reshape(v.shape)
+        return out
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of every block, (units, size)."""
+        total = None
+        for part in self.parts:
+            q = part.coefficients
+            q = q[..., None] if q.ndim == 2 else q.diagonal(dim1=-2, dim2=-1)
+            value = torch.einsum("ngi,nl->gil", q, part.features.square()).flatten(1)
+            total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def dense(self) -> Tensor:
+        """All blocks, (units, size, size)."""
+        total = None
+        for part in self.parts:
+            u, q = part.features, part.coefficients
+            if q.ndim == 2:
+                value = (q.t()[:, None, :] * u.t()) @ u
+            else:
+                value = torch.einsum("ngij,nk,nl->gikjl", q, u, u)
+                value = value.reshape(self.units, self.size, self.size)
+            total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def mean_block(self) -> Tensor:
+        """``Σ_n Σ_j tr(Q_nj) u_n u_nᵀ``, (fan-in, fan-in): all units together."""
+        total = None
+        for part in self.parts:
+            u, q = part.features, part.coefficients
+            weight = q.sum(1) if q.ndim == 2 else q.diagonal(dim1=-2, dim2=-1).sum((1, 2))
+            value = (u * weight[:, None]).t() @ u
+            total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def unit_scales(self) -> Tensor:
+        """``s_j = Σ_n Q_nj``, (units,) or (units, d, d)."""
+        return torch.stack([part.coefficients.sum(0) for part in self.parts]).sum(0)
+
+    def solve(self, g: Tensor, damping: float) -> Tensor:
+        """``(1+α)(αI + F)⁻¹ g``, (units, size), by the block's solver."""
+        return self.solution(g, damping).x
+
+    def method(self) -> str:
+        """The solver's name, for the structure report."""
+        if self.solver == "diagonal":
+            return "diagonal"
+        if self.solver == "kronecker":
+            return "Kronecker (shared eigenbasis, unit scales)"
+        if self.size <= solvers.CHOLESKY_SIZE:
+            return "Cholesky"
+        return f"conjugate gradients to {self.tolerance:g}"
+
+    def solution(self, g: Tensor, damping: float) -> Solution:
+        """As ``solve``, with the number of iterations and the error."""
+        if self.solver == "diagonal":
+            return Solution((1 + damping) * g / (damping + self.diagonal()))
+        if self.solver == "kronecker":
+            return Solution((1 + damping) * self._approximate_inverse(damping)(g))
+        if self.size <= solvers.CHOLESKY_SIZE:
+            return solvers.cholesky(self.dense(), g, damping)
+        return solvers.conjugate_gradients(
+            self.matvec, g, damping, self._approximate_inverse(damping), self.tolerance
+        )
+
+    def _approximate_inverse(self, damping: float) -> solvers.Operator:
+        scales = self.unit_scales() if self.scales is None else self.scales
+        basis = self.basis
+        if basis is None:
+            mean = self.mean_block()
+            basis = EigenBasis.of(mean / mean_scale(scales))
+        return basis.inverse(scales, damping)
+
+
+def mean_scale(scales: Tensor) -> Tensor:
+    """``Σ_j s_j``, the divisor that makes the mean block a mean of features."""
+    total = scales.sum() if scales.ndim == 1 else scales.diagonal(dim1=-2, dim2=-1).sum()
+    return total.clamp(min=torch.finfo(scales.dtype).tiny)
+
+
+@dataclass
+class Pieces:
+    """A graph for matrix-free products: outputs, their weighted information, the leaves."""
+
+    outputs: list[list[Tensor]]
+    forms: list[str]
+    informations: list[Tensor]
+    leaves: list[Tensor]
+
+
+@dataclass
+class MatrixFreeBlock:
+    """``F v = Σ Jᵀ I J v`` by differentiating the program, for parameters of any form.
+
+    Attributes:
+        sites: what they feed. names: the parameters. shapes: of their leaves.
+        recipes: how to run the programs again on the block's samples, and which entries of
+            each count. programs: what the recipes run.
+        reason: why the block is not one per unit. share: factor of the sum over batches.
+    """
+
+    sites: list[str]
+    names: list[str]
+    shapes: list[torch.Size]
+    recipes: list[tuple[Recipe, list[int]]]
+    programs: Programs | None
+    exact: bool = True
+    how: str = "closed form"
+    reason: str = ""
+    kind: str = "site"
+    tolerance: float = 1e-2
+    max_iterations: int = 20
+    share: float = 1.0
+    _pieces: list[tuple[Pieces, list[Tensor], list[Tensor]]] = field(default_factory=list)
+
+    @property
+    def site(self) -> str:
+        return ", ".join(self.sites)
+
+    @property
+    def params(self) -> list[str]:
+        return self.names
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return tuple(self.names)
+
+    @property
+    def units(self) -> int:
+        return 1
+
+    @property
+    def size(self) -> int:
+        return sum(s.numel() for s in self.shapes)
+
+    @property
+    def fan_in(self) -> int:
+        return self.size
+
+    def method(self) -> str:
+        return f"matrix-free conjugate gradients to {self.tolerance:g}"
+
+    def gather(self, tensors: Tensors) -> Tensor:
+        """Parameters' tensors by name as (1, size)."""
+        return torch.cat([tensors[n].reshape(-1) for n in self.names])[None]
+
+    def scatter(self, x: Tensor) -> dict[str, Tensor]:
+        """The inverse of ``gather``."""
+        parts = x[0].split([s.numel() for s in self.shapes])
+        return {
+            n: p.reshape(s) for n, p, s in zip(self.names, parts, self.shapes, strict=True)
+        }
+
+    def _pieces_of(self, recipe: Recipe, which: list[int]) -> Pieces:
+        assert self.programs is not None
+        trace = recipe.run(self.programs)
+        tensors = parameters(trace)
+        leaves = {id(leaf): name for name, leaf in tensors.items()}
+        found = list(
+            entries(trace, recipe.weights, recipe.layout, leaves, observed=recipe.observed)
+        )
+        chosen = [found[e] for e in which]
+        return Pieces(
+            [entry.arguments for entry in chosen],
+            [entry.form for entry in chosen],
+            [entry.information for entry in chosen],
+            [tensors.get(n, torch.zeros(s, requires_grad=True)) for n, s in zip(
+                self.names, self.shapes, strict=True)],
+        )
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"programs": None, "_pieces": []}
+
+    def _prepared(self) -> list[tuple[Pieces, list[Tensor], list[Tensor]]]:
+        """Graphs with their dummy cotangents and the gradient that is linear in them."""
+        if not self._pieces:
+            for recipe, which in self.recipes:
+                with torch.enable_grad():
+                    pieces = self._pieces_of(recipe, which)
+                    outputs = [o for group in pieces.outputs for o in group]
+                    dummies = [torch.zeros_like(o, requires_grad=True) for o in outputs]
+                    linear = torch.autograd.grad(
+                        outputs,
+                        pieces.leaves,
+                        dummies,
+                        create_graph=True,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                self._pieces.append((pieces, dummies, list(linear)))
+        return self._pieces
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """``F v``, (1, size) → (1, size): one Jacobian product and one transposed."""
+        tangents = list(self.scatter(v).values())
+        total = torch.zeros_like(v)
+        for pieces, dummies, linear in self._prepared():
+            moved = torch.autograd.grad(
+                linear, dummies, tangents, retain_graph=True, materialize_grads=True,
+                allow_unused=True,
+            )
+            cotangents: list[Tensor] = []
+            at = 0
+            for group, form, info in zip(
+                pieces.outputs, pieces.forms, pieces.informations, strict=True
+            ):
+                part = moved[at : at + len(group)]
+                at += len(group)
+                cotangents += apply_information(form, info, list(part))
+            outputs = [o for group in pieces.outputs for o in group]
+            back = torch.autograd.grad(
+                outputs, pieces.leaves, cotangents, retain_graph=True, allow_unused=True,
+                materialize_grads=True,
+            )
+            total += torch.cat([b.reshape(-1) for b in back])[None]
+        return total * self.share
+
+    def dense(self) -> Tensor:
+        """The block, (1, size, size): one product per column."""
+        eye = torch.eye(self.size, dtype=self._dtype(), device=self._device())
+        return torch.cat([self.matvec(row[None]) for row in eye])[None]
+
+    def diagonal(self) -> Tensor:
+        """The diagonal, (1, size)."""
+        return self.dense().diagonal(dim1=-2, dim2=-1)
+
+    def _dtype(self) -> torch.dtype:
+        return self._prepared()[0][0].leaves[0].dtype
+
+    def _device(self) -> torch.device:
+        return self._prepared()[0][0].leaves[0].device
+
+    def solve(self, g: Tensor, damping: float) -> Tensor:
+        """``(1+α)(αI + F)⁻¹ g``, (1, size)."""
+        return self.solution(g, damping).x
+
+    def solution(self, g: Tensor, damping: float) -> Solution:
+        """As ``solve``, with the number of iterations and the error."""
+        return solvers.conjugate_gradients(
+            self.matvec, g, damping, None, self.tolerance, self.max_iterations
+        )
+
+    def release(self) -> None:
+        """Forget the graphs."""
+        self._pieces.clear()
+
+
+def apply_information(form: str, info: Tensor, values: list[Tensor]) -> list[Tensor]:
+    """``I v`` for one entry."""
+    if form == "scalar":
+        return [info * values[0]]
+    if form == "vector":
+        return [(info @ values[0][..., None])[..., 0]]
+    stacked = torch.stack(values, -1)
+    return list((info @ stacked[..., None])[..., 0].unbind(-1))
+
+
+Block = UnitBlock | MatrixFreeBlock

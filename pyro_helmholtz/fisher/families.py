@@ -1,0 +1,293 @@
+"""The Fisher information of a distribution in its own arguments, and the registry of them.
+
+``register_fisher(MyDistribution)`` decorates a function of one such distribution that returns
+a dictionary. Its keys say which arguments, its values the information:
+
+* ``"loc": tensor`` in the argument's shape: each element informs about itself alone;
+* ``"logits": tensor`` with one more dimension than the argument, ``(..., d, d)``: the last
+  dimension of the argument is one vector with this matrix;
+* ``("concentration", "rate"): tensor`` of shape ``(..., d, d)``: ``d`` scalar arguments that
+  are coupled element by element.
+
+Two entries are orthogonal to each other. A distribution without a registered function gets
+its information by differentiating its Kullback-Leibler divergence from itself twice, which is
+exact; failing that, by Monte-Carlo scores, and the structure report says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+from torch.distributions.transforms import ComposeTransform, Transform
+
+Information = dict[str | tuple[str, ...], Tensor]
+Rule = Callable[[Any], Information]
+R = TypeVar("R", bound=Rule)
+_RULES: dict[type, Rule] = {}
+SCORE_SAMPLES = 512
+
+
+def register_fisher(distribution: type) -> Callable[[R], R]:
+    """Register the Fisher information of a distribution's arguments.
+
+    Args:
+        distribution: the class; subclasses inherit the rule.
+
+    Returns:
+        A decorator for a function ``rule(d) -> information`` (see the module's text).
+
+    Raises:
+        TypeError: ``distribution`` is not a class.
+    """
+    if not isinstance(distribution, type):
+        raise TypeError(f"register_fisher needs a distribution class, got {distribution!r}.")
+
+    def decorate(rule: R) -> R:
+        _RULES[distribution] = rule
+        return rule
+
+    return decorate
+
+
+@register_fisher(torch.distributions.Bernoulli)
+def _bernoulli(d: Any) -> Information:
+    if "logits" in argument_names(d):
+        logits = d.logits.detach()
+        return {"logits": torch.sigmoid(logits) * torch.sigmoid(-logits)}
+    probs = d.probs.detach()
+    tiny = torch.finfo(probs.dtype).tiny
+    return {"probs": 1 / (probs * (1 - probs)).clamp(min=tiny**0.5)}
+
+
+@register_fisher(torch.distributions.Normal)
+def _normal(d: Any) -> Information:
+    precision = d.scale.detach() ** -2
+    return {"loc": precision, "scale": 2 * precision}
+
+
+@register_fisher(torch.distributions.Laplace)
+def _laplace(d: Any) -> Information:
+    precision = d.scale.detach() ** -2
+    return {"loc": precision, "scale": precision}
+
+
+@register_fisher(torch.distributions.Poisson)
+def _poisson(d: Any) -> Information:
+    return {"rate": 1 / d.rate.detach()}
+
+
+@register_fisher(torch.distributions.Exponential)
+def _exponential(d: Any) -> Information:
+    return {"rate": d.rate.detach() ** -2}
+
+
+@register_fisher(torch.distributions.Geometric)
+def _geometric(d: Any) -> Information:
+    probs = d.probs.detach()
+    if "logits" in argument_names(d):
+        return {"logits": 1 - probs}
+    return {"probs": 1 / (probs**2 * (1 - probs))}
+
+
+@register_fisher(torch.distributions.Categorical)
+@register_fisher(torch.distributions.OneHotCategorical)
+def _categorical(d: Any) -> Information:
+    probs = d.probs.detach()
+    if "logits" in argument_names(d):
+        return {"logits": torch.diag_embed(probs) - probs[..., None] * probs[..., None, :]}
+    tiny = torch.finfo(probs.dtype).tiny
+    return {"probs": torch.diag_embed(1 / probs.clamp(min=tiny**0.5))}
+
+
+@register_fisher(torch.distributions.VonMises)
+def _von_mises(d: Any) -> Information:
+    kappa = d.concentration.detach()
+    a = torch.special.i1e(kappa) / torch.special.i0e(kappa)
+    ratio = torch.where(kappa > 1e-4, a / kappa.clamp(min=1e-4), 0.5 - kappa**2 / 16)
+    return {"loc": kappa * a, "concentration": (1 - a**2 - ratio).clamp(min=0)}
+
+
+@register_fisher(torch.distributions.Gamma)
+def _gamma(d: Any) -> Information:
+    a, b = d.concentration.detach(), d.rate.detach()
+    return {("concentration", "rate"): _matrix([[torch.polygamma(1, a), -1 / b], [-1 / b, a / b**2]])}
+
+
+@register_fisher(torch.distributions.Beta)
+def _beta(d: Any) -> Information:
+    a, b = d.concentration1.detach(), d.concentration0.detach()
+    both = torch.polygamma(1, a + b)
+    return {
+        ("concentration1", "concentration0"): _matrix(
+            [[torch.polygamma(1, a) - both, -both], [-both, torch.polygamma(1, b) - both]]
+        )
+    }
+
+
+@register_fisher(torch.distributions.MultivariateNormal)
+def _multivariate_normal(d: Any) -> Information:
+    return {"loc": d.precision_matrix.detach()}
+
+
+def _matrix(rows: list[list[Tensor]]) -> Tensor:
+    return torch.stack([torch.stack(torch.broadcast_tensors(*row), -1) for row in rows], -2)
+
+
+@dataclass
+class Base:
+    """A distribution without its wrappers.
+
+    Attributes:
+        fn: the innermost distribution.
+        transforms: the bijections taken off; the information does not cover their parameters.
+        masks: masks taken off, each with the number of batch dimensions it stood at.
+    """
+
+    fn: Any
+    transforms: list[Transform]
+    masks: list[tuple[Any, int]]
+
+
+def unwrap(fn: Any) -> Base:
+    """Take off Independent, masks, expansions and bijections.
+
+    A fixed bijection changes neither the parameters nor their Fisher information.
+    """
+    transforms: list[Transform] = []
+    masks: list[tuple[Any, int]] = []
+    while True:
+        if isinstance(fn, torch.distributions.TransformedDistribution):
+            for transform in fn.transforms:
+                transforms += (
+                    transform.parts if isinstance(transform, ComposeTransform) else [transform]
+                )
+            fn = fn.base_dist
+        elif isinstance(fn, dist.torch_distribution.MaskedDistribution):
+            masks.append((fn._mask, len(fn.batch_shape)))
+            fn = fn.base_dist
+        elif isinstance(
+            fn,
+            (
+                torch.distributions.Independent,
+                dist.torch_distribution.ExpandedDistribution,
+            ),
+        ):
+            fn = fn.base_dist
+        else:
+            return Base(fn, transforms, masks)
+
+
+def information(fn: Any) -> tuple[Information, bool, str]:
+    """The Fisher information of an unwrapped distribution.
+
+    Returns:
+        The information, whether it is exact, and how it was found.
+    """
+    for cls in type(fn).__mro__:
+        if cls in _RULES:
+            return _RULES[cls](fn), True, "closed form"
+    names = argument_names(fn)
+    if not names:
+        return {}, True, "no arguments"
+    try:
+        return _from_kl(fn, names), True, "second derivative of the KL divergence"
+    except (NotImplementedError, TypeError, RuntimeError):
+        return _from_scores(fn, names), False, f"Monte-Carlo scores ({SCORE_SAMPLES} samples)"
+
+
+def argument_names(fn: Any) -> list[str]:
+    """Arguments that the distribution was made with and that are floating-point tensors.
+
+    Probabilities computed from logits (or the reverse) and kept are not among them.
+    """
+    fn = getattr(fn, "_categorical", fn)
+    names = []
+    given = fn.__dict__.get("_param")
+    for name in fn.arg_constraints:
+        value = fn.__dict__.get(name)
+        if not (torch.is_tensor(value) and value.is_floating_point()):
+            continue
+        if name in ("probs", "logits") and given is not None and value is not given:
+            continue
+        names.append(name)
+    return names
+
+
+def _fresh(fn: Any, names: list[str]) -> tuple[Any, list[Tensor]]:
+    values = [getattr(fn, name).detach().clone().requires_grad_() for name in names]
+    others = {
+        name: fn.__dict__[name]
+        for name in getattr(fn, "arg_constraints", {})
+        if name in fn.__dict__ and name not in names
+    }
+    with torch.enable_grad():
+        return type(fn)(**dict(zip(names, values, strict=True)), **others), values
+
+
+def _check_elementwise(fn: Any, names: list[str]) -> None:
+    for name in names:
+        event = fn.arg_constraints[name].event_dim
+        if event > 1 or (event == 1 and len(names) > 1):
+            raise NotImplementedError(
+                f"{type(fn).__name__} has no registered Fisher information: its argument "
+                f"{name!r} is a matrix or mixes vectors with scalars. Give one by "
+                "@register_fisher."
+            )
+
+
+def _as_information(names: list[str], matrix: Tensor, vector: bool) -> Information:
+    if vector:
+        return {names[0]: matrix}
+    if len(names) == 1:
+        return {names[0]: matrix[..., 0, 0]}
+    return {tuple(names): matrix}
+
+
+def _from_kl(fn: Any, names: list[str]) -> Information:
+    _check_elementwise(fn, names)
+    other, values = _fresh(fn, names)
+    frozen = type(fn)(**{name: getattr(fn, name).detach() for name in names})
+    vector = fn.arg_constraints[names[0]].event_dim == 1
+    with torch.enable_grad():
+        divergence = kl_divergence(frozen, other).sum()
+        first = torch.autograd.grad(divergence, values, create_graph=True)
+        parts = list(first[0].unbind(-1)) if vector else list(first)
+        rows = []
+        for part in parts:
+            second = torch.autograd.grad(
+                part.sum(), values, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            rows.append(second[0] if vector else torch.stack(torch.broadcast_tensors(*second), -1))
+    matrix = torch.stack(rows, -2).detach()
+    return _as_information(names, matrix, vector)
+
+
+def _from_scores(fn: Any, names: list[str]) -> Information:
+    _check_elementwise(fn, names)
+    vector = fn.arg_constraints[names[0]].event_dim == 1
+    shape = (SCORE_SAMPLES,)
+    with torch.no_grad():
+        samples = fn.sample(shape)
+    expanded = {
+        name: getattr(fn, name).detach().expand(shape + getattr(fn, name).shape) for name in names
+    }
+    values = [v.clone().requires_grad_() for v in expanded.values()]
+    with torch.enable_grad():
+        wide = type(fn)(**dict(zip(names, values, strict=True)))
+        scores = torch.autograd.grad(wide.log_prob(samples).sum(), values)
+    score = scores[0] if vector else torch.stack(torch.broadcast_tensors(*scores), -1)
+    matrix = torch.einsum("s...i,s...j->...ij", score, score) / SCORE_SAMPLES
+    return _as_information(names, matrix.detach(), vector)
+
+
+def constant_transforms(transforms: list[Transform]) -> bool:
+    """Whether no transform holds a tensor that requires a gradient."""
+    return not any(
+        torch.is_tensor(v) and v.requires_grad for t in transforms for v in vars(t).values()
+    )

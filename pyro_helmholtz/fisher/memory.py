@@ -1,0 +1,193 @@
+"""Which batches the Fisher matrix of a step comes from.
+
+The Fisher matrix of a step is estimated from *earlier* minibatches: from the same one, the
+solve shrinks the gradient along exactly the samples that it came from. ``"lagged"`` keeps the
+previous batch, ``"average"`` a ring of batches (running means for the Kronecker form),
+``"same"`` is for comparison, ``"dream"`` takes the model's blocks from dreams.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..trace import Programs
+from . import solvers
+from .blocks import Block, MatrixFreeBlock, Part, UnitBlock, mean_scale
+from .solvers import EigenBasis
+
+FORMS = ("unit", "diagonal", "kronecker")
+SAMPLES = ("lagged", "average", "same", "dream")
+RING = 8
+DECAY = 0.99
+
+
+@dataclass
+class Fisher:
+    """The Fisher matrix of a step.
+
+    Attributes:
+        blocks: with disjoint parameters. damping: α.
+    """
+
+    blocks: list[Block]
+    damping: float
+
+    def solve(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``(1+α)(αI + F)⁻¹ g`` by name; parameters without a block keep their gradient."""
+        result = dict(gradient)
+        for block in self.blocks:
+            if not all(name in gradient for name in block.params):
+                continue
+            x = block.solve(block.gather(gradient), self.damping)
+            result |= block.scatter(x)
+        return result
+
+
+@dataclass
+class Statistics:
+    """Running means of one layer: its mean block, its units' scales, their eigenbasis.
+
+    Attributes:
+        mean: (fan-in, fan-in). scales: as ``UnitBlock.unit_scales``. basis: of the mean.
+        updates: how many batches came.
+    """
+
+    mean: Tensor
+    scales: Tensor
+    basis: EigenBasis
+    updates: int = 1
+
+    @classmethod
+    def of(cls, block: UnitBlock) -> Statistics:
+        mean, scales = block.mean_block(), block.unit_scales()
+        return cls(mean, scales, EigenBasis.of(mean / mean_scale(scales)))
+
+    def update(self, block: UnitBlock, decay: float, *, renew: bool) -> None:
+        """Take in a batch; the eigenbasis is renewed on a schedule or when ``renew`` is set."""
+        keep = min(decay, self.updates / (self.updates + 1))
+        self.scales = self.scales.lerp(block.unit_scales(), 1 - keep)
+        self.updates += 1
+        if renew or self.updates < 16 or self.updates % 4 == 0:
+            self.mean = self.mean.lerp(block.mean_block(), 1 - keep)
+        if renew or self._due():
+            self.basis = EigenBasis.of(self.mean / mean_scale(self.scales))
+
+    def _due(self) -> bool:
+        """After 1, 2, 4, … batches, then every so often: the wider the layer, the rarer."""
+        interval = max(16, self.mean.shape[0] // 4)
+        if self.updates < interval:
+            return self.updates & (self.updates - 1) == 0
+        return self.updates % interval == 0
+
+
+@dataclass
+class Memory:
+    """The batches that the next step's Fisher matrix comes from.
+
+    Args:
+        form: one of ``FORMS``. samples: one of ``SAMPLES``.
+        ring: batches kept by "average". decay: of the Kronecker form's running means.
+        tolerance: relative error of iterative solves.
+    """
+
+    form: str
+    samples: str
+    ring: int = RING
+    decay: float = DECAY
+    tolerance: float = 1e-2
+    batches: deque[list[Block]] = field(default_factory=deque)
+    statistics: dict[tuple[str, ...], Statistics] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"fisher={self.form!r}: supported are {', '.join(map(repr, FORMS))}.")
+        if self.samples not in SAMPLES:
+            raise ValueError(
+                f"fisher_samples={self.samples!r}: supported are {', '.join(map(repr, SAMPLES))}."
+            )
+
+    def remember(self, blocks: list[Block]) -> None:
+        """Take in a batch."""
+        averaging = self.samples == "average"
+        length = self.ring if averaging and self.form != "kronecker" else 1
+        self.batches.append(blocks)
+        while len(self.batches) > length:
+            self.batches.popleft()
+        for block in blocks:
+            if isinstance(block, MatrixFreeBlock):
+                block.release()
+            elif self._needs_basis(block):
+                self._update(block)
+
+    def _needs_basis(self, block: UnitBlock) -> bool:
+        if self.form == "diagonal":
+            return False
+        return self.form == "kronecker" or block.size > solvers.CHOLESKY_SIZE
+
+    def _update(self, block: UnitBlock) -> None:
+        known = self.statistics.get(block.key)
+        fresh = self.form == "kronecker" and self.samples != "average"
+        if known is None or fresh or known.mean.shape[0] != block.fan_in:
+            self.statistics[block.key] = Statistics.of(block)
+        else:
+            known.update(block, self.decay, renew=False)
+
+    def fisher(self, current: list[Block], damping: float) -> Fisher:
+        """The matrix for a step whose own batch gave ``current``."""
+        if self.samples == "same" or not self.batches:
+            return Fisher([self._finish(b, fresh=True) for b in current], damping)
+        kept = [_average([_by_key(batch).get(b.key) for batch in self.batches], b) for b in current]
+        return Fisher([self._finish(b) for b in kept], damping)
+
+    def _finish(self, block: Block, *, fresh: bool = False) -> Block:
+        if isinstance(block, MatrixFreeBlock):
+            return replace(block, tolerance=self.tolerance, _pieces=[])
+        block = replace(block, solver=self.form, tolerance=self.tolerance)
+        known = self.statistics.get(block.key)
+        if known is not None and not (fresh and self.form == "kronecker"):
+            block.basis = known.basis
+            if self.form == "kronecker":
+                block.scales = known.scales
+        return block
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step needs, without graphs."""
+        return {
+            "batches": list(self.batches),
+            "statistics": {key: replace(known) for key, known in self.statistics.items()},
+        }
+
+    def load(self, state: dict[str, Any], programs: Programs) -> None:
+        """Go on from a saved state; ``programs`` is what its recipes run."""
+        self.statistics = {key: replace(known) for key, known in state["statistics"].items()}
+        self.batches = deque(
+            [
+                replace(b, programs=programs, _pieces=[]) if isinstance(b, MatrixFreeBlock) else b
+                for b in blocks
+            ]
+            for blocks in state["batches"]
+        )
+
+
+def _by_key(blocks: list[Block]) -> dict[tuple[str, ...], Block]:
+    return {block.key: block for block in blocks}
+
+
+def _average(kept: list[Block | None], current: Block) -> Block:
+    """The mean of the kept batches' blocks; the current one where none was kept."""
+    found = [block for block in kept if type(block) is type(current)]
+    if not found:
+        return current
+    share = 1.0 / len(found)
+    if isinstance(current, MatrixFreeBlock):
+        recipes = [r for b in found if isinstance(b, MatrixFreeBlock) for r in b.recipes]
+        return replace(current, recipes=recipes, share=share, _pieces=[])
+    parts = [p for b in found if isinstance(b, UnitBlock) for p in b.parts]
+    if len(found) > 1:
+        parts = [Part(p.features, p.coefficients * share) for p in parts]
+    return replace(current, parts=parts)

@@ -1,0 +1,195 @@
+"""Natural reweighted wake-sleep: the RWS direction behind the inverse Fisher matrix.
+
+``x = (1+α)(αI + F)⁻¹ g`` per block (Várady 2025, sections 5.1 to 5.3), with F from earlier
+minibatches; the result replaces the gradient before any optimiser of Pyro.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from .diagnostics import Structure, describe
+from .estimators.base import Pass
+from .estimators.reweighted import RWS_ELBO
+from .fisher.assemble import Source, assemble
+from .fisher.blocks import Block
+from .fisher.evidence import entries, uncovered
+from .fisher.memory import Fisher, Memory
+from .svi import Directions, HelmholtzSVI, gradient
+from .trace import Layout, Recipe
+
+Schedule = float | Callable[[int], float]
+
+
+class NaturalRWS(HelmholtzSVI):
+    """Reweighted wake-sleep with natural gradients.
+
+    Args:
+        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
+        num_particles, sleep_weight, sleep_scale, baseline, max_plate_nesting, dream_args: see
+            ``RWS_ELBO``.
+        damping: α > 0, or a schedule ``fn(step) -> α``.
+        fisher: "unit" (exact blocks), "diagonal" or "kronecker".
+        fisher_samples: "lagged" (the previous minibatch), "average" (several), "same" (the
+            present one, for comparison) or "dream" (the model's blocks from dreams).
+        refresh_every: take in a minibatch every so many steps (the thesis's K-step).
+        tolerance: relative error of iterative solves.
+        kl_clip: largest ``½ xᵀFx``, a bound on the divergence of a step of rate one; the
+            direction is shrunk to meet it. None for no bound.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: PyroOptim | None = None,
+        num_particles: int = 10,
+        *,
+        damping: Schedule = 0.2,
+        fisher: str = "kronecker",
+        refresh_every: int = 1,
+        fisher_samples: str = "average",
+        sleep_weight: float = 0.5,
+        sleep_steps: int = 1,
+        sleep_scale: float = 1.0,
+        baseline: bool = True,
+        tolerance: float = 1e-2,
+        kl_clip: float | None = None,
+        max_plate_nesting: float = math.inf,
+        dream_args: Callable | None = None,
+    ) -> None:
+        estimator = RWS_ELBO(
+            num_particles,
+            sleep_weight=sleep_weight,
+            sleep_scale=sleep_scale,
+            baseline=baseline,
+            max_plate_nesting=max_plate_nesting,
+            dream_args=dream_args,
+        )
+        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
+        if not callable(damping) and not damping > 0:
+            raise ValueError(f"damping must be positive, got {damping!r}.")
+        if not (isinstance(refresh_every, int) and refresh_every >= 1):
+            raise ValueError(f"refresh_every must be an int of at least 1, got {refresh_every!r}.")
+        if kl_clip is not None and not kl_clip > 0:
+            raise ValueError(f"kl_clip must be positive or None, got {kl_clip!r}.")
+        if not tolerance > 0:
+            raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
+        self.damping, self.refresh_every, self.kl_clip = damping, refresh_every, kl_clip
+        self.memory = Memory(fisher, fisher_samples, tolerance=tolerance)
+        self._steps = 0
+        self._fresh: list[Block] | None = None
+        self._fisher: Fisher | None = None
+
+    def _alpha(self) -> float:
+        alpha = float(self.damping(self._steps) if callable(self.damping) else self.damping)
+        if not alpha > 0:
+            raise ValueError(f"the damping schedule gave {alpha} at step {self._steps}.")
+        return alpha
+
+    def _update(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+        done = self.estimator.run(self.programs, args, kwargs)
+        leaves = done.leaves()
+        due = self._steps % self.refresh_every == 0 or not self.memory.batches
+        self._fresh = self._blocks(done, leaves, args, kwargs) if due else None
+        direction = gradient(done.surrogate, leaves)
+        self._fisher = self._operator(self._fresh)
+        return float(done.loss), leaves, self._precondition(direction)
+
+    def _operator(self, fresh: list[Block] | None) -> Fisher:
+        current = self.memory.batches[-1] if fresh is None else fresh
+        return self.memory.fisher(current, self._alpha())
+
+    def _precondition(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert self._fisher is not None
+        natural = self._fisher.solve(direction)
+        return self._clip(direction, natural, self._fisher.damping)
+
+    def _clip(
+        self, g: dict[str, Tensor], x: dict[str, Tensor], alpha: float
+    ) -> dict[str, Tensor]:
+        """Shrink to ``½ xᵀFx ≤ kl_clip``, by ``xᵀFx = (1+α) gᵀx − α xᵀx``."""
+        if self.kl_clip is None:
+            return x
+        gx = sum(float((g[n] * x[n]).sum()) for n in x)
+        xx = sum(float(x[n].square().sum()) for n in x)
+        divergence = 0.5 * ((1 + alpha) * gx - alpha * xx)
+        if divergence <= self.kl_clip:
+            return x
+        shrink = math.sqrt(self.kl_clip / divergence)
+        return {name: shrink * value for name, value in x.items()}
+
+    def _after(self) -> None:
+        if self._fresh is not None:
+            self.memory.remember(self._fresh)
+        self._fresh = None
+        self._steps += 1
+
+    def _blocks(
+        self, done: Pass, leaves: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]
+    ) -> list[Block]:
+        """The blocks of this batch; run before the backward pass frees the graph."""
+        wake = done.wake
+        by_id = {id(leaf): name for name, leaf in leaves.items()}
+
+        def source(program: str, trace: Any, weights: Any, layout: Layout, dreamt: bool) -> Source:
+            recipe = Recipe.of(program, trace, args, kwargs, weights, layout, dreamt=dreamt)
+            return Source(
+                list(entries(trace, weights, layout, by_id, observed=program == "model")), recipe
+            )
+
+        if self.memory.samples == "dream":
+            dream = self.programs.dream(args, kwargs, subsample=wake.guide, with_grad=True)
+            model = source("model", dream.model, None, dream.layout, True)
+        else:
+            model = source("model", wake.model, wake.weights(), wake.layout, False)
+        guide = source("guide", wake.guide, wake.uniform(), wake.layout, False)
+        with torch.no_grad():
+            blocks = assemble([model, guide], leaves, self.programs)
+        loose = {leaf for trace in (wake.model, wake.guide) for _, leaf in uncovered(trace, by_id)}
+        names = {by_id[id(leaf)] for leaf in loose}
+        return [block for block in blocks if not names & set(block.params)]
+
+    def directions(self, *args: Any, **kwargs: Any) -> Directions:
+        """The gradient, the natural direction and the operator between them.
+
+        The Fisher matrix is that of the next step: from earlier minibatches where there are
+        any, else from this one. Updates nothing.
+        """
+        self._resume(args, kwargs)
+        done = self.estimator.run(self.programs, args, kwargs)
+        leaves = done.leaves()
+        fresh = self._blocks(done, leaves, args, kwargs)
+        direction = gradient(done.surrogate, leaves)
+        fisher = self._operator(fresh)
+        natural = self._clip(direction, fisher.solve(direction), fisher.damping)
+        return Directions(direction, natural, fisher, float(done.loss))
+
+    def structure(self, *args: Any, **kwargs: Any) -> Structure:
+        """Every parameter, the site that it feeds, its block and its solver; print it."""
+        self._resume(args, kwargs)
+        done = self.estimator.run(self.programs, args, kwargs)
+        leaves = done.leaves()
+        fisher = self._operator(self._blocks(done, leaves, args, kwargs))
+        return describe(fisher.blocks, leaves)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the base's, with the Fisher matrix's memory."""
+        return super().state_dict() | {"fisher": self.memory.state(), "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As the base's, with the Fisher matrix's memory."""
+        super().load_state_dict(state)
+        self.memory.load(state["fisher"], self.programs)
+        self._steps = state["steps"]

@@ -1,0 +1,268 @@
+"""The front ends: ``RWS(model, guide).step(x)`` and its kin.
+
+One update: trace → weights → estimator → (Fisher) → the host's optimiser. A front end without
+a Fisher matrix hands the gradient on as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from .estimators.base import HelmholtzELBO, Pass, score
+from .estimators.reweighted import RWS_ELBO
+from .estimators.wake_sleep import WakeSleep_ELBO
+from .fisher.memory import Fisher
+from .trace import Programs, parameters
+
+DEFAULT_LEARNING_RATE = 0.05
+
+
+@dataclass
+class Directions:
+    """Directions of ascent of one batch, means over data, before the optimiser.
+
+    Attributes:
+        gradient: by parameter name, in the unconstrained leaf's shape.
+        natural: the same after the Fisher matrix; the gradient itself where there is none.
+        fisher: the operator between the two, or None. loss: minus the bound.
+    """
+
+    gradient: dict[str, Tensor]
+    natural: dict[str, Tensor]
+    fisher: Fisher | None
+    loss: float
+
+
+class HelmholtzSVI:
+    """Base of the front ends.
+
+    Args:
+        model: a Pyro program with observed sites. guide: one with the same arguments and the
+            same latents.
+        optim: any ``pyro.optim`` optimiser; None is plain SGD.
+        estimator: the phases of an update. sleep_steps: sleep updates per wake update; those
+            after the first train the guide alone (sleep-well).
+
+    Raises:
+        TypeError: an optimiser that is not Pyro's.
+        ValueError: an option out of its range.
+    """
+
+    default_learning_rate = DEFAULT_LEARNING_RATE
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: PyroOptim | None,
+        estimator: HelmholtzELBO,
+        *,
+        sleep_steps: int = 1,
+    ) -> None:
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise TypeError(f"the {name} must be a Pyro program, got {program!r}.")
+        if optim is None:
+            optim = self.default_optimiser()
+        if not isinstance(optim, PyroOptim):
+            raise TypeError(
+                f"optim must be an optimiser of pyro.optim, got {type(optim).__name__}. "
+                "For example pyro.optim.SGD({'lr': 0.05})."
+            )
+        if not (isinstance(sleep_steps, int) and sleep_steps >= 1):
+            raise ValueError(f"sleep_steps must be an int of at least 1, got {sleep_steps!r}.")
+        self.model, self.guide, self.optim, self.estimator = model, guide, optim, estimator
+        self.sleep_steps = sleep_steps
+        self._pending: dict[str, Any] | None = None
+
+    def default_optimiser(self) -> PyroOptim:
+        """What ``optim=None`` means."""
+        return pyro.optim.SGD({"lr": self.default_learning_rate})
+
+    @property
+    def programs(self) -> Programs:
+        """The model and the guide with this front end's options."""
+        return self.estimator.programs(self.model, self.guide)
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """One update of all parameters.
+
+        Returns:
+            Minus the K-particle bound before the update, on the host's scale.
+
+        Raises:
+            ValueError: a program or data that cannot be trained so, naming the site.
+            FloatingPointError: a loss or direction that is not finite; nothing has changed.
+        """
+        self._resume(args, kwargs)
+        loss, leaves, directions = self._update(args, kwargs)
+        self._check_finite(loss, directions)
+        self._apply(leaves, directions)
+        self._after()
+        for _ in range(self.sleep_steps - 1):
+            self._sleep_step(args, kwargs)
+        return loss
+
+    def _update(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+        done = self.estimator.run(self.programs, args, kwargs)
+        leaves = done.leaves()
+        return float(done.loss), leaves, gradient(done.surrogate, leaves)
+
+    def _precondition(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
+        return direction
+
+    def _after(self) -> None:
+        """What happens once an update has been applied."""
+
+    def _sleep_step(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        dream = self.programs.dream(args, kwargs)
+        leaves = parameters(dream.guide)
+        surrogate = score(dream.guide, dream.layout, None, observed=False)
+        direction = self._precondition(gradient(surrogate, leaves))
+        self._check_finite(0.0, direction)
+        self._apply(leaves, direction)
+
+    def _check_finite(self, loss: float, direction: Mapping[str, Tensor]) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}; no parameter was changed.")
+        total = sum(x.sum() for x in direction.values())
+        if torch.is_tensor(total) and not bool(torch.isfinite(total)):
+            bad = [n for n, x in direction.items() if not bool(torch.isfinite(x).all())]
+            if bad:
+                raise FloatingPointError(
+                    f"the direction of {bad[0]!r} is not finite; no parameter was changed."
+                )
+
+    def _apply(self, leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> None:
+        """Write minus the direction into the gradients and call the optimiser."""
+        for name, leaf in leaves.items():
+            leaf.grad = -direction[name].reshape(leaf.shape)
+        self.optim(list(leaves.values()))
+        for leaf in leaves.values():
+            leaf.grad = None
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """Minus the K-particle bound, on the host's scale; updates nothing."""
+        return self.estimator.loss(self.model, self.guide, *args, **kwargs)
+
+    def directions(self, *args: Any, **kwargs: Any) -> Directions:
+        """The directions that a step would take on these data; updates nothing."""
+        done = self.estimator.run(self.programs, args, kwargs)
+        direction = gradient(done.surrogate, done.leaves())
+        return Directions(direction, direction, None, float(done.loss))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on: parameters, optimiser, random state."""
+        store = pyro.get_param_store()
+        used = {name: leaf.detach().clone() for name, leaf in store._params.items()}
+        state = {
+            "parameters": used,
+            "optimiser": self.optim.get_state(),
+            "random": torch.get_rng_state(),
+            "max_plate_nesting": self.programs.max_plate_nesting,
+        }
+        if torch.cuda.is_available():
+            state["random_cuda"] = torch.cuda.get_rng_state_all()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state: the next step is the one that would have followed.
+
+        Parameters are filled in when the programs next run, since only then they exist.
+        """
+        if not isinstance(state, dict) or "parameters" not in state:
+            raise ValueError("load_state_dict needs what state_dict returned.")
+        self._pending = state
+        self.programs.max_plate_nesting = state["max_plate_nesting"]
+        self.optim.set_state(state["optimiser"])
+
+    def _resume(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Fill in pending parameters in place, then set the random state."""
+        if self._pending is None:
+            return
+        state, self._pending = self._pending, None
+        with torch.no_grad():
+            wake = self.programs.wake(args, kwargs)
+            leaves = parameters(wake.model, wake.guide)
+            store = pyro.get_param_store()._params
+            for name, value in state["parameters"].items():
+                leaf = leaves.get(name, store.get(name))
+                if leaf is None:
+                    continue
+                if leaf.shape != value.shape:
+                    raise ValueError(
+                        f"parameter {name!r} has shape {tuple(leaf.shape)} in the program but "
+                        f"{tuple(value.shape)} in the saved state."
+                    )
+                leaf.copy_(value)
+        torch.set_rng_state(state["random"])
+        if "random_cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+def gradient(surrogate: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The surrogate's gradient by parameter name; zeros for those that it does not touch."""
+    if not surrogate.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    grads = torch.autograd.grad(
+        surrogate, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(leaves, grads, strict=True))
+
+
+class WakeSleep(HelmholtzSVI):
+    """Wake-sleep; see ``WakeSleep_ELBO``.
+
+    Args:
+        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
+        num_particles, sleep_scale, max_plate_nesting, dream_args: see ``WakeSleep_ELBO``.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: PyroOptim | None = None,
+        num_particles: int = 1,
+        *,
+        sleep_steps: int = 1,
+        **options: Any,
+    ) -> None:
+        estimator = WakeSleep_ELBO(num_particles, **options)
+        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
+
+
+class RWS(HelmholtzSVI):
+    """Reweighted wake-sleep; see ``RWS_ELBO``.
+
+    Args:
+        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
+        num_particles, sleep_weight, sleep_scale, baseline, max_plate_nesting, dream_args: see
+            ``RWS_ELBO``.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: PyroOptim | None = None,
+        num_particles: int = 10,
+        *,
+        sleep_steps: int = 1,
+        **options: Any,
+    ) -> None:
+        estimator = RWS_ELBO(num_particles, **options)
+        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
+
+
+__all__ = ["RWS", "Directions", "HelmholtzSVI", "Pass", "WakeSleep"]

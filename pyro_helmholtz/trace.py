@@ -1,0 +1,422 @@
+"""Run model and guide: wake traces, dream traces and per-datum log-weights.
+
+A *wake* trace draws ``K`` particles from the guide on the data and replays them in the
+model. A *dream* trace draws data and latents from the model and scores them by the guide.
+Samples are constants in both: no gradient flows from one site into another.
+
+Conventions: ``K`` particles stand in the leftmost batch dimension. Log-weights are kept per
+datum, i.e. along every plate that all sites share; what lies between is summed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+
+from .checks import (
+    check_against_model,
+    check_log_prob_shape,
+    check_observations,
+    check_sites,
+    is_stochastic,
+)
+from .pairing import pair_dreams
+
+PARTICLES = "num_particles_vectorized"
+Site = dict[str, Any]
+
+
+class _Detached(Messenger):
+    """Make every sample a constant; enter it outside ``poutine.trace``."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if torch.is_tensor(msg["value"]) and msg["value"].requires_grad and not is_param_like(msg):
+            msg["value"] = msg["value"].detach()
+
+
+def is_param_like(msg: Any) -> bool:
+    """A deterministic site is a function of its parents, not a sample."""
+    return bool(msg["infer"].get("_deterministic"))
+
+
+class _Dreaming(Messenger):
+    """Turn observed sites into sampled ones, and remember what was observed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observed: dict[str, torch.Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] or is_param_like(msg) or type(msg["fn"]).__name__ == "_Subsample":
+            return
+        if isinstance(msg["fn"], pyro.distributions.Unit):
+            raise ValueError(
+                f"site {msg['name']!r} is a pyro.factor: a program with factors cannot dream, "
+                "so it has no sleep phase. Use RWS with sleep_weight=0, or write the factor as "
+                "an observed sample site."
+            )
+        self.observed[msg["name"]] = msg["value"]
+        msg["is_observed"] = False
+        msg["value"] = None
+        msg["done"] = False
+
+
+def stochastic_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
+    """Sample sites that carry probability: no subsample indices, no deterministic values."""
+    for name, site in trace.nodes.items():
+        if is_stochastic(site):
+            yield name, site
+
+
+def parameters(*traces: poutine.Trace) -> dict[str, torch.Tensor]:
+    """The unconstrained leaf of every Pyro parameter that the traces use, by name."""
+    leaves = {}
+    for trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] == "param":
+                leaf = site["value"].unconstrained()
+                if leaf.requires_grad:
+                    leaves[name] = leaf
+    return leaves
+
+
+def guess_max_plate_nesting(
+    model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
+) -> int:
+    """Run both programs once and return the depth of their deepest plate."""
+    with poutine.block(), torch.no_grad():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+            *args, **kwargs
+        )
+    dims = [
+        -frame.dim
+        for trace in (guide_trace, model_trace)
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized
+    ]
+    return max(dims, default=0)
+
+
+@dataclass
+class Layout:
+    """Which plates separate the data, and how many data there are.
+
+    Attributes:
+        shared: dimension of each vectorised plate that all sites share.
+        sequential: names of the sequential plates that all sites share.
+        ndim: number of batch dimensions, particles included.
+        num_data: sum of the data's scales (the divisor of every direction).
+        common_scale: the scale that the bound of a datum carries.
+    """
+
+    shared: tuple[int, ...]
+    sequential: tuple[str, ...]
+    ndim: int
+    num_data: float
+    common_scale: Any
+
+    @classmethod
+    def of(cls, sites: list[Site], max_plate_nesting: int) -> Layout:
+        stacks = [
+            {f.name: f for f in site["cond_indep_stack"] if f.name != PARTICLES} for site in sites
+        ]
+        names = set.intersection(*map(set, stacks)) if stacks else set()
+        plated = [set(stack) for stack in stacks if stack]
+        data_plates = set.intersection(*plated) if plated else set()
+        frames = {name: frame for stack in stacks for name, frame in stack.items()}
+        shared = tuple(sorted(frames[n].dim for n in names if frames[n].vectorized))
+        sequential = tuple(sorted(n for n in names if not frames[n].vectorized))
+
+        scales = [site["scale"] for site in sites]
+        full = math.prod(float(frames[n].full_size or frames[n].size) for n in data_plates)
+        subsample = math.prod(
+            (frames[n].full_size or frames[n].size) / frames[n].size for n in names
+        )
+        common = scales[0] if scales and _all_equal(scales) else subsample
+        if names == data_plates and names:
+            ratio = common / subsample
+            full = full * float(ratio.mean() if torch.is_tensor(ratio) else ratio)
+        return cls(shared, sequential, max_plate_nesting + 1, max(full, 1e-30), common)
+
+    def key(self, site: Site) -> tuple:
+        """Which turn of the shared sequential plates a site belongs to."""
+        counters = {f.name: f.counter for f in site["cond_indep_stack"]}
+        return tuple(counters[name] for name in self.sequential)
+
+    def reduce(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum a batch-shaped tensor to one number per particle and datum."""
+        value = value.reshape((1,) * (self.ndim - value.ndim) + value.shape)
+        keep = {self.ndim + dim for dim in self.shared} | {0}
+        drop = [d for d in range(self.ndim) if d not in keep]
+        return value.sum(drop, keepdim=True) if drop else value
+
+
+def _all_equal(scales: list[Any]) -> bool:
+    first = scales[0]
+    for other in scales[1:]:
+        if other is first:
+            continue
+        if torch.is_tensor(first) or torch.is_tensor(other):
+            if not (
+                torch.is_tensor(first) and torch.is_tensor(other) and torch.equal(first, other)
+            ):
+                return False
+        elif abs(first - other) > 1e-9 * abs(first):
+            return False
+    return True
+
+
+def site_log_prob(site: Site) -> torch.Tensor:
+    """Log-density of a site: unscaled, masked entries zero, shape = batch shape."""
+    if "helmholtz_log_prob" not in site:
+        try:
+            value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        except ValueError as error:
+            raise ValueError(f"site {site['name']!r}: {error}") from error
+        site["helmholtz_log_prob"] = scale_and_mask(value, 1.0, site["mask"])
+    return site["helmholtz_log_prob"]
+
+
+@dataclass
+class Wake:
+    """K particles of the guide on the data, replayed in the model.
+
+    Attributes:
+        model: the model's trace. guide: the guide's.
+        layout: plates and scales. num_particles: K.
+    """
+
+    model: poutine.Trace
+    guide: poutine.Trace
+    layout: Layout
+    num_particles: int
+    per_turn: dict[tuple, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for trace, sign in ((self.model, 1.0), (self.guide, -1.0)):
+            for _, site in stochastic_sites(trace):
+                if trace is self.guide and site["is_observed"]:
+                    continue
+                log_prob = site_log_prob(site)
+                check_log_prob_shape(site, log_prob, self.layout.ndim)
+                term = sign * self.layout.reduce(log_prob.detach())
+                key = self.layout.key(site)
+                self.per_turn[key] = self.per_turn[key] + term if key in self.per_turn else term
+
+    @property
+    def log_weights(self) -> torch.Tensor:
+        """``log w``, shape (K, number of data), unscaled."""
+        return torch.cat([w.flatten(1) for w in self.per_turn.values()], 1)
+
+    def bound(self) -> torch.Tensor:
+        """``Σ_b scale_b (logsumexp_s log w − log S)``, a scalar on the host's scale."""
+        total = torch.zeros(())
+        for log_w in self.per_turn.values():
+            per_datum = log_w.logsumexp(0) - math.log(self.num_particles)
+            total = total.to(per_datum) + (self.layout.common_scale * per_datum).sum()
+        return total
+
+    def weights(self, exponent: float = 1.0) -> dict[tuple, torch.Tensor]:
+        """Normalised weights per turn, shape (K, data dimensions...); sum over particles is 1."""
+        return {key: (exponent * log_w).softmax(0) for key, log_w in self.per_turn.items()}
+
+    def uniform(self) -> dict[tuple, torch.Tensor]:
+        """The weights 1/K of plain wake-sleep and of the guide's Fisher matrix."""
+        return {k: torch.full_like(w, 1.0 / self.num_particles) for k, w in self.per_turn.items()}
+
+
+@dataclass
+class Dream:
+    """Data and latents of the model, scored by the guide.
+
+    Attributes:
+        model: the model's trace with every site sampled. guide: the guide's, replayed.
+        args, kwargs: what the guide was called with. layout: plates and scales.
+    """
+
+    model: poutine.Trace
+    guide: poutine.Trace
+    args: tuple
+    kwargs: dict[str, Any]
+    layout: Layout
+
+
+@dataclass
+class Programs:
+    """A model and a guide with the options that say how to run them.
+
+    Args:
+        model: a Pyro program with observed sites.
+        guide: a Pyro program with the same latents and the same arguments.
+        num_particles: K, at least 1.
+        max_plate_nesting: number of batch dimensions; ``math.inf`` finds out by a first run.
+        dream_args: ``fn(dreams, *args, **kwargs) -> (args, kwargs)`` for the guide.
+    """
+
+    model: Callable
+    guide: Callable
+    num_particles: int = 1
+    max_plate_nesting: float = math.inf
+    dream_args: Callable | None = None
+
+    def nesting(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        """The number of plate dimensions, found once."""
+        if math.isinf(self.max_plate_nesting):
+            self.max_plate_nesting = guess_max_plate_nesting(self.model, self.guide, args, kwargs)
+        return int(self.max_plate_nesting)
+
+    @contextmanager
+    def particles(self, nesting: int) -> Iterator[None]:
+        """Run programs with K particles in the leftmost dimension."""
+        with _Detached(), pyro.plate(PARTICLES, self.num_particles, dim=-1 - nesting):
+            yield
+
+    def wake(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        samples: poutine.Trace | None = None,
+    ) -> Wake:
+        """Draw K particles (or take those of ``samples``) and score them by both programs.
+
+        Raises:
+            ValueError: a site that cannot be trained so, naming it.
+        """
+        nesting = self.nesting(args, kwargs)
+        guide = self.guide if samples is None else poutine.replay(self.guide, trace=samples)
+        with self.particles(nesting):
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            check_sites(guide_trace, "guide")
+            model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
+                *args, **kwargs
+            )
+        check_sites(model_trace, "model")
+        check_against_model(model_trace, guide_trace)
+        check_observations(model_trace)
+        sites = [site for _, site in stochastic_sites(model_trace)]
+        layout = Layout.of(sites, nesting)
+        return Wake(model_trace, guide_trace, layout, self.num_particles)
+
+    def dream(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        *,
+        subsample: poutine.Trace | None = None,
+        with_grad: bool = False,
+    ) -> Dream:
+        """Draw one dream per datum from the model and score its latents by the guide.
+
+        Args:
+            args: the programs' arguments. kwargs: their keyword arguments.
+            subsample: a trace whose subsample indices are used again.
+            with_grad: keep the graph of the model (for the model's Fisher on dreams).
+
+        Raises:
+            ValueError: a factor in the model, or no pairing of dreams with guide arguments.
+        """
+        nesting = self.nesting(args, kwargs)
+        model = self.model
+        if subsample is not None:
+            model = poutine.replay(model, trace=_only_subsamples(subsample))
+        dreaming = _Dreaming()
+        with torch.set_grad_enabled(with_grad), _Detached(), dreaming:
+            model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+        check_sites(model_trace, "model")
+        dreams = {name: model_trace.nodes[name]["value"] for name in dreaming.observed}
+        takes_observations = "observations" in inspect.signature(self.guide).parameters
+        args, kwargs = pair_dreams(
+            dreaming.observed, dreams, args, kwargs, self.dream_args, takes_observations
+        )
+        with _Detached():
+            guide_trace = poutine.trace(
+                poutine.replay(self.guide, trace=model_trace)
+            ).get_trace(*args, **kwargs)
+        check_sites(guide_trace, "guide")
+        sites = [site for _, site in stochastic_sites(model_trace)]
+        return Dream(model_trace, guide_trace, args, kwargs, Layout.of(sites, nesting))
+
+
+@dataclass
+class Recipe:
+    """How to run one program again on the samples of an earlier trace.
+
+    Attributes:
+        program: "model" or "guide". args, kwargs: its arguments. values: of every sample.
+        weights: of the particles, see ``Wake.weights``; None for dreams. layout: plates.
+        observed: whether observed sites count. dreamt: the observed sites were dreamt too.
+    """
+
+    program: str
+    args: tuple
+    kwargs: dict[str, Any]
+    values: dict[str, Any]
+    weights: dict[tuple, torch.Tensor] | None
+    layout: Layout
+    observed: bool
+    dreamt: bool = False
+
+    @classmethod
+    def of(cls, program: str, trace: poutine.Trace, *rest: Any, dreamt: bool = False) -> Recipe:
+        """Take the sampled values of a trace; ``rest`` is (args, kwargs, weights, layout)."""
+        args, kwargs, weights, layout = rest
+        values = {
+            name: site["value"]
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and not site["is_observed"]
+        }
+        return cls(
+            program, args, kwargs, values, weights, layout, program == "model", dreamt
+        )
+
+    def run(self, programs: Programs) -> poutine.Trace:
+        """Run the program with the values replayed, at the present parameters."""
+        samples = poutine.Trace()
+        for name, value in self.values.items():
+            samples.add_node(
+                name, name=name, type="sample", is_observed=False, value=value, infer={}
+            )
+        fn = programs.model if self.program == "model" else programs.guide
+        if self.dreamt:
+            with _Detached():
+                return poutine.trace(poutine.replay(_Dreaming()(fn), trace=samples)).get_trace(
+                    *self.args, **self.kwargs
+                )
+        with programs.particles(self.layout.ndim - 1):
+            return poutine.trace(poutine.replay(fn, trace=samples)).get_trace(
+                *self.args, **self.kwargs
+            )
+
+
+def _only_subsamples(trace: poutine.Trace) -> poutine.Trace:
+    indices = poutine.Trace()
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and type(site["fn"]).__name__ == "_Subsample":
+            indices.add_node(name, **site)
+    return indices
+
+
+def wake_trace(
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    num_particles: int,
+    max_plate_nesting: float = math.inf,
+) -> Wake:
+    """K particles of the guide on the data; ``.log_weights`` has shape (K, number of data)."""
+    return Programs(model, guide, num_particles, max_plate_nesting).wake(args, kwargs)
