@@ -120,6 +120,14 @@ def check_observations(trace: poutine.Trace) -> None:
                 f"observed site {name!r} has {int(torch.isnan(value).sum())} NaN values in its "
                 "data. Put a finite placeholder there and mask the entries (poutine.mask)."
             )
+        if type(site["fn"]).__name__ == "Unit":
+            continue
+        valid = site["fn"].support.check(value)
+        if not bool(valid.all()):
+            raise ValueError(
+                f"observed site {name!r}: {int((~valid).sum())} of {valid.numel()} values lie "
+                f"outside the support {site['fn'].support} of {type(site['fn']).__name__}."
+            )
     if not any_observed:
         raise ValueError(
             "the model has no observed site. Condition it on data: "

@@ -93,16 +93,23 @@ def _depends(node: Node, leaves: Mapping[int, str]) -> bool:
 
 def signature(node: Node) -> tuple:
     """What fixes a node's index map: its name, shapes and every saved non-tensor."""
+    name = node.name()
+    if name not in _SAVED_NAMES:
+        _SAVED_NAMES[name] = tuple(
+            attribute
+            for attribute in dir(node)
+            if attribute.startswith("_saved_") and attribute not in _SAVED_TENSORS
+        )
     saved = tuple(
-        (name, str(value))
-        for name in dir(node)
-        if name.startswith("_saved_") and name not in _SAVED_TENSORS
-        for value in (getattr(node, name),)
+        str(value)
+        for attribute in _SAVED_NAMES[name]
+        for value in (getattr(node, attribute),)
         if not torch.is_tensor(value)
     )
-    return (node.name(), tuple(tuple(m.shape) for m in node._input_metadata), saved)
+    return (name, tuple(tuple(m.shape) for m in node._input_metadata), saved)
 
 
+_SAVED_NAMES: dict[str, tuple[str, ...]] = {}
 _SAVED_TENSORS = frozenset(
     f"_saved_{name}"
     for name in "self other result mat1 mat2 input weight vec vec1 vec2 batch1 batch2".split()

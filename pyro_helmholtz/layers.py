@@ -287,12 +287,15 @@ class Application:
 _PLANS: dict[tuple, tuple] = {}
 
 
-def find(argument: Tensor, leaves: Mapping[int, str]) -> Application | None:
+def find(
+    argument: Tensor, leaves: Mapping[int, str], *, shifts: bool = False
+) -> Application | None:
     """How the parameters in ``leaves`` enter an argument.
 
     Args:
         argument: an argument of a site's distribution, its graph alive.
         leaves: id of each parameter's leaf to its name.
+        shifts: step over the normalisation ``a - logsumexp(a)`` of the last dimension.
 
     Returns:
         The application, or None where no parameter enters.
@@ -312,6 +315,12 @@ def find(argument: Tensor, leaves: Mapping[int, str]) -> Application | None:
             chain.append(_link(node, nr, below[0]))
         elif name in graph.ELEMENTWISE and len(below) == 1:
             chain.append(_link(node, nr, below[0], elementwise=True))
+        elif shifts and _normalises(node) and all(graph.kind(k.node) == "Expand" for k in chain):
+            chain.append(_plain(node, nr, below[0]))
+            shifts = False
+        elif name == "Stack":
+            below = _stacked(node, tuple(chain), torch.Size(argument.shape), below)
+            chain.append(_unstack(node, nr, below[0]))
         else:
             break
         _, node, nr = below[0]
@@ -322,6 +331,45 @@ def find(argument: Tensor, leaves: Mapping[int, str]) -> Application | None:
 def _link(node: Any, nr: int, child: tuple[int, Any, int], *, elementwise: bool = False) -> Link:
     slot, below, below_nr = child
     return Link(node, nr, slot, graph.shape_of(below, below_nr), elementwise)
+
+
+def _normalises(node: Any) -> bool:
+    """Whether a node is ``a - logsumexp(a, -1)``, as torch makes it of logits."""
+    if graph.kind(node) != "Sub":
+        return False
+    first, second = (child for child, _ in node.next_functions)
+    if first is None or second is None or graph.kind(second) != "Logsumexp":
+        return False
+    last = len(graph.shape_of(node)) - 1
+    dims = [int(d) - (1 << 64 if int(d) >= 1 << 63 else 0) for d in second._saved_dim]
+    return second.next_functions[0][0] is first and dims in ([-1], [last])
+
+
+def _stacked(
+    node: Any, chain: Chain, head: torch.Size, below: list[tuple[int, Any, int]]
+) -> list[tuple[int, Any, int]]:
+    """The one input of a stack that the head of a chain was taken from."""
+    shape = graph.shape_of(node)
+    index = graph.lift_index(chain, shape, head, node._input_metadata[0].device)
+    place = index // shape[_stack_dim(node) + 1 :].numel() % shape[_stack_dim(node)]
+    slots = place.unique().tolist()
+    found = [child for child in below if [child[0]] == slots]
+    if not found:
+        raise Opaque("several stacked tensors in one argument")
+    return found
+
+
+def _unstack(node: Any, nr: int, child: tuple[int, Any, int]) -> Link:
+    slot, below, below_nr = child
+    dim = _stack_dim(node)
+    shape = graph.shape_of(below, below_nr)
+    return Link(node, nr, slot, shape, special=lambda value: value.select(dim, slot))
+
+
+def _stack_dim(node: Any) -> int:
+    dim, ndim = int(node._saved_dim), len(graph.shape_of(node))
+    dim -= 1 << 64 if dim >= 1 << 63 else 0
+    return dim % ndim
 
 
 def _root(node: Any, nr: int, leaves: Mapping[int, str]) -> Root:

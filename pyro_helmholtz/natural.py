@@ -19,7 +19,7 @@ from .estimators.base import Pass
 from .estimators.reweighted import RWS_ELBO
 from .fisher.assemble import Source, assemble
 from .fisher.blocks import Block
-from .fisher.evidence import entries, uncovered
+from .fisher.evidence import entries
 from .fisher.memory import Fisher, Memory
 from .svi import Directions, HelmholtzSVI, gradient
 from .trace import Layout, Recipe
@@ -116,9 +116,7 @@ class NaturalRWS(HelmholtzSVI):
         natural = self._fisher.solve(direction)
         return self._clip(direction, natural, self._fisher.damping)
 
-    def _clip(
-        self, g: dict[str, Tensor], x: dict[str, Tensor], alpha: float
-    ) -> dict[str, Tensor]:
+    def _clip(self, g: dict[str, Tensor], x: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
         """Shrink to ``½ xᵀFx ≤ kl_clip``, by ``xᵀFx = (1+α) gᵀx − α xᵀx``."""
         if self.kl_clip is None:
             return x
@@ -156,10 +154,7 @@ class NaturalRWS(HelmholtzSVI):
             model = source("model", wake.model, wake.weights(), wake.layout, False)
         guide = source("guide", wake.guide, wake.uniform(), wake.layout, False)
         with torch.no_grad():
-            blocks = assemble([model, guide], leaves, self.programs)
-        loose = {leaf for trace in (wake.model, wake.guide) for _, leaf in uncovered(trace, by_id)}
-        names = {by_id[id(leaf)] for leaf in loose}
-        return [block for block in blocks if not names & set(block.params)]
+            return assemble([model, guide], leaves, self.programs)
 
     def directions(self, *args: Any, **kwargs: Any) -> Directions:
         """The gradient, the natural direction and the operator between them.

@@ -10,10 +10,9 @@ datum, i.e. along every plate that all sites share; what lies between is summed.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,7 +218,7 @@ class Wake:
     @property
     def log_weights(self) -> torch.Tensor:
         """``log w``, shape (K, number of data), unscaled."""
-        return torch.cat([w.flatten(1) for w in self.per_turn.values()], 1)
+        return torch.cat([w.reshape(len(w), -1) for w in self.per_turn.values()], 1)
 
     def bound(self) -> torch.Tensor:
         """``Σ_b scale_b (logsumexp_s log w − log S)``, a scalar on the host's scale."""
@@ -271,6 +270,16 @@ class Programs:
     num_particles: int = 1
     max_plate_nesting: float = math.inf
     dream_args: Callable | None = None
+    _validated: set[str] = field(default_factory=set)
+
+    def _validation(self, phase: str) -> AbstractContextManager:
+        """The host's validation runs in a phase's first pass, and costs nothing after it.
+
+        What may change later, the data, is checked in every step by ``check_observations``.
+        """
+        if phase not in self._validated:
+            return nullcontext()
+        return pyro.validation_enabled(False)
 
     def nesting(self, args: tuple, kwargs: dict[str, Any]) -> int:
         """The number of plate dimensions, found once."""
@@ -297,7 +306,7 @@ class Programs:
         """
         nesting = self.nesting(args, kwargs)
         guide = self.guide if samples is None else poutine.replay(self.guide, trace=samples)
-        with self.particles(nesting):
+        with self._validation("wake"), self.particles(nesting):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             check_sites(guide_trace, "guide")
             model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
@@ -308,7 +317,9 @@ class Programs:
         check_observations(model_trace)
         sites = [site for _, site in stochastic_sites(model_trace)]
         layout = Layout.of(sites, nesting)
-        return Wake(model_trace, guide_trace, layout, self.num_particles)
+        wake = Wake(model_trace, guide_trace, layout, self.num_particles)
+        self._validated.add("wake")
+        return wake
 
     def dream(
         self,
@@ -333,20 +344,21 @@ class Programs:
         if subsample is not None:
             model = poutine.replay(model, trace=_only_subsamples(subsample))
         dreaming = _Dreaming()
-        with torch.set_grad_enabled(with_grad), _Detached(), dreaming:
+        validation = self._validation("dream")
+        with validation, torch.set_grad_enabled(with_grad), _Detached(), dreaming:
             model_trace = poutine.trace(model).get_trace(*args, **kwargs)
         check_sites(model_trace, "model")
         dreams = {name: model_trace.nodes[name]["value"] for name in dreaming.observed}
-        takes_observations = "observations" in inspect.signature(self.guide).parameters
-        args, kwargs = pair_dreams(
-            dreaming.observed, dreams, args, kwargs, self.dream_args, takes_observations
+        args, kwargs, unread = pair_dreams(
+            dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
         )
-        with _Detached():
+        with self._validation("dream"), _Detached():
             guide_trace = poutine.trace(
                 poutine.replay(self.guide, trace=model_trace)
             ).get_trace(*args, **kwargs)
         check_sites(guide_trace, "guide")
         sites = [site for _, site in stochastic_sites(model_trace)]
+        self._validated.add("dream")
         return Dream(model_trace, guide_trace, args, kwargs, Layout.of(sites, nesting))
 
 

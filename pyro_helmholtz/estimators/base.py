@@ -63,11 +63,11 @@ def score(
         if not log_prob.requires_grad:
             continue
         scale = site["scale"]
+        if torch.is_tensor(scale) or scale != 1.0:
+            log_prob = log_prob * scale
         if weights is not None:
-            weight = weights[layout.key(site)]
-            value = (weight * layout.reduce(log_prob * scale)).sum()
-        else:
-            value = (log_prob * scale).sum()
+            log_prob = weights[layout.key(site)] * layout.reduce(log_prob)
+        value = log_prob.sum()
         total = total + value
     return total / layout.num_data if torch.is_tensor(total) else torch.zeros(())
 

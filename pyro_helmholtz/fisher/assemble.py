@@ -46,16 +46,11 @@ class _Group:
 
 def find(entry: Entry, leaves: Mapping[int, str], roots: dict[tuple, Root]) -> Found:
     """How parameters enter an entry; roots met before are used again."""
-    names: list[str] = []
-    for argument in entry.arguments:
-        below = graph.leaves_below(graph.root_of(argument))
-        names += [leaves[key] for key in below if key in leaves]
-    names = list(dict.fromkeys(names))
+    names = entry.leaves
     try:
         applications = []
         for argument in entry.arguments:
-            argument = _logits(argument) if entry.form == "vector" else argument
-            application = layers.find(argument, leaves)
+            application = layers.find(argument, leaves, shifts=_ignores_shifts(entry))
             if application is not None:
                 application.root = roots.setdefault(application.root.key, application.root)
             applications.append(application)
@@ -66,26 +61,13 @@ def find(entry: Entry, leaves: Mapping[int, str], roots: dict[tuple, Root]) -> F
     return Found(entry, applications, names)
 
 
-def _logits(argument: Tensor) -> Tensor:
-    """Step over the normalisation of categorical logits, which the information ignores."""
-    node = argument.grad_fn
-    if node is None or graph.kind(node) != "Sub":
-        return argument
-    first, second = (child for child, _ in node.next_functions)
-    if first is None or second is None or graph.kind(second) != "Logsumexp":
-        return argument
-    if second.next_functions[0][0] is not first:
-        return argument
-    return _Edge(argument, first, node.next_functions[0][1])  # type: ignore[return-value]
-
-
-class _Edge:
-    """A node of the graph that stands in for the tensor that it made."""
-
-    def __init__(self, like: Tensor, node: object, nr: int) -> None:
-        self.grad_fn, self.output_nr = node, nr
-        self.requires_grad = True
-        self.shape, self.device = like.shape, like.device
+def _ignores_shifts(entry: Entry) -> bool:
+    """Whether adding one number to a whole vector carries no information, as for logits."""
+    if entry.form != "vector":
+        return False
+    info = entry.information
+    slack = 64 * torch.finfo(info.dtype).eps * float(info.abs().max() if info.numel() else 0.0)
+    return bool((info.sum(-1).abs() <= slack).all())
 
 
 def assemble(
@@ -98,7 +80,8 @@ def assemble(
         tensors: the parameters' leaves by name. programs: to run them again.
 
     Returns:
-        Blocks whose parameters are disjoint; parameters that no entry holds are in none.
+        Blocks whose parameters are disjoint. Parameters that no information covers are in
+        none: they keep their gradient, and the report says so.
     """
     groups: list[_Group] = []
     leaves = {id(leaf): name for name, leaf in tensors.items()}
@@ -113,7 +96,11 @@ def assemble(
                 group.found = other.found + group.found
                 group.names |= other.names
             groups.append(group)
-    return [_block(group, sources, tensors, programs) for group in groups]
+    return [
+        _block(group, sources, tensors, programs)
+        for group in groups
+        if all(found.entry.form != "none" for _, _, found in group.found)
+    ]
 
 
 def _block(

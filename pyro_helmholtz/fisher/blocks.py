@@ -9,7 +9,7 @@ size d·l. A ``MatrixFreeBlock`` holds whatever has no such form, exactly.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,20 @@ class Part:
 
     features: Tensor
     coefficients: Tensor
+
+    def without_idle_rows(self, slack: float) -> Part:
+        """Leave out rows whose share of every block is below ``slack`` in all, in norm.
+
+        Particles of negligible weight cost as much as the others and change nothing.
+        """
+        q = self.coefficients
+        bound = q.amax(1) if q.ndim == 2 else q.diagonal(dim1=-2, dim2=-1).sum(-1).amax(1)
+        share, order = (bound * self.features.square().sum(1)).sort()
+        idle = int((share.cumsum(0) <= slack).sum())
+        if 4 * idle < share.numel():
+            return self
+        rows = order[idle:]
+        return Part(self.features[rows], q[rows])
 
 
 @dataclass
@@ -128,16 +142,16 @@ class UnitBlock:
 
     def matvec(self, v: Tensor) -> Tensor:
         """``F v``, (units, size) → (units, size)."""
-        out = torch.zeros_like(v)
-        for part in self.parts:
-            u, q = part.features, part.coefficients
-            if q.ndim == 2:
-                out += ((v @ u.t()) * q.t()) @ u
-            else:
-                inner = v.reshape(self.units, self.d, -1) @ u.t()
-                weighted = torch.einsum("ngij,gjn->gin", q, inner)
-                out += (weighted @ u).reshape(v.shape)
-        return out
+        return sum(
+            (self._product(v, part) for part in self.parts[1:]), self._product(v, self.parts[0])
+        )
+
+    def _product(self, v: Tensor, part: Part) -> Tensor:
+        u, q = part.features, part.coefficients
+        if q.ndim == 2:
+            return (v @ u.t()).mul_(q.t()) @ u
+        inner = v.reshape(self.units, self.d, -1) @ u.t()
+        return (torch.einsum("ngij,gjn->gin", q, inner) @ u).reshape(v.shape)
 
     def diagonal(self) -> Tensor:
         """The diagonal of every block, (units, size)."""
@@ -198,20 +212,33 @@ class UnitBlock:
         if self.solver == "diagonal":
             return Solution((1 + damping) * g / (damping + self.diagonal()))
         if self.solver == "kronecker":
-            return Solution((1 + damping) * self._approximate_inverse(damping)(g))
+            basis, scales = self._basis_and_scales()
+            return Solution((1 + damping) * basis.inverse(g, scales, damping))
         if self.size <= solvers.CHOLESKY_SIZE:
             return solvers.cholesky(self.dense(), g, damping)
-        return solvers.conjugate_gradients(
-            self.matvec, g, damping, self._approximate_inverse(damping), self.tolerance
-        )
+        return self._in_eigenbasis(g, damping)
 
-    def _approximate_inverse(self, damping: float) -> solvers.Operator:
+    def _basis_and_scales(self) -> tuple[EigenBasis, Tensor]:
         scales = self.unit_scales() if self.scales is None else self.scales
-        basis = self.basis
-        if basis is None:
-            mean = self.mean_block()
-            basis = EigenBasis.of(mean / mean_scale(scales))
-        return basis.inverse(scales, damping)
+        if self.basis is not None:
+            return self.basis, scales
+        return EigenBasis.of(self.mean_block() / mean_scale(scales)), scales
+
+    def _in_eigenbasis(self, g: Tensor, damping: float) -> Solution:
+        """Conjugate gradients with everything turned into the shared eigenbasis once."""
+        basis, scales = self._basis_and_scales()
+        slack = self.tolerance * damping / (4 * len(self.parts))
+        kept = [part.without_idle_rows(slack) for part in self.parts]
+        parts = [Part(part.features @ basis.vectors, part.coefficients) for part in kept]
+        turned = replace(self, parts=parts)
+        solution = solvers.conjugate_gradients(
+            turned.matvec,
+            basis.to(g),
+            damping,
+            basis.scaled_inverse(scales, damping),
+            self.tolerance,
+        )
+        return replace(solution, x=basis.back(solution.x))
 
 
 def mean_scale(scales: Tensor) -> Tensor:
@@ -289,9 +316,7 @@ class MatrixFreeBlock:
     def scatter(self, x: Tensor) -> dict[str, Tensor]:
         """The inverse of ``gather``."""
         parts = x[0].split([s.numel() for s in self.shapes])
-        return {
-            n: p.reshape(s) for n, p, s in zip(self.names, parts, self.shapes, strict=True)
-        }
+        return {n: p.reshape(s) for n, p, s in zip(self.names, parts, self.shapes, strict=True)}
 
     def _pieces_of(self, recipe: Recipe, which: list[int]) -> Pieces:
         assert self.programs is not None
@@ -306,8 +331,10 @@ class MatrixFreeBlock:
             [entry.arguments for entry in chosen],
             [entry.form for entry in chosen],
             [entry.information for entry in chosen],
-            [tensors.get(n, torch.zeros(s, requires_grad=True)) for n, s in zip(
-                self.names, self.shapes, strict=True)],
+            [
+                tensors.get(n, torch.zeros(s, requires_grad=True))
+                for n, s in zip(self.names, self.shapes, strict=True)
+            ],
         )
 
     def __getstate__(self) -> dict:
@@ -338,7 +365,11 @@ class MatrixFreeBlock:
         total = torch.zeros_like(v)
         for pieces, dummies, linear in self._prepared():
             moved = torch.autograd.grad(
-                linear, dummies, tangents, retain_graph=True, materialize_grads=True,
+                linear,
+                dummies,
+                tangents,
+                retain_graph=True,
+                materialize_grads=True,
                 allow_unused=True,
             )
             cotangents: list[Tensor] = []
@@ -351,7 +382,11 @@ class MatrixFreeBlock:
                 cotangents += apply_information(form, info, list(part))
             outputs = [o for group in pieces.outputs for o in group]
             back = torch.autograd.grad(
-                outputs, pieces.leaves, cotangents, retain_graph=True, allow_unused=True,
+                outputs,
+                pieces.leaves,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
                 materialize_grads=True,
             )
             total += torch.cat([b.reshape(-1) for b in back])[None]

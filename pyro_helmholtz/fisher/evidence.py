@@ -27,8 +27,10 @@ class Entry:
     Attributes:
         site: name. arguments: one tensor, or several coupled ones, graph alive.
         form: "scalar" (information in the argument's shape), "vector" (one more dimension
-            than the argument) or "coupled" (``(..., d, d)`` over d arguments).
+            than the argument), "coupled" (``(..., d, d)`` over d arguments), or "none": the
+            parameters inform the site in a way that no information covers.
         information: weighted. exact: whether in closed form. how: where it comes from.
+        leaves: names of the parameters that enter.
     """
 
     site: str
@@ -37,6 +39,7 @@ class Entry:
     information: Tensor
     exact: bool
     how: str
+    leaves: list[str]
 
 
 def entries(
@@ -58,54 +61,49 @@ def entries(
         if site["is_observed"] and not observed:
             continue
         base = unwrap(site["fn"])
-        if not any(
-            graph.root_of(getattr(base.fn, arg)) is not None for arg in argument_names(base.fn)
-        ):
+        names = argument_names(base.fn)
+        below = {n: _names_below(getattr(base.fn, n), leaves) for n in names}
+        if not any(below.values()) and constant_transforms(base.transforms):
             continue
         weight = None if weights is None else weights[layout.key(site)]
-        element = _element_weight(site, base, weight, layout)
         info, exact, how = information(base.fn)
+        covered: set[str] = set()
+        element = _element_weight(site, base, weight, layout) if names else None
         for key, value in info.items():
             keys = [key] if isinstance(key, str) else list(key)
-            arguments = [getattr(base.fn, k) for k in keys]
-            if not any(_touched(a, leaves) for a in arguments):
+            covered |= set(keys)
+            touched = list(dict.fromkeys(n for k in keys for n in below[k]))
+            if not touched:
                 continue
+            arguments = [getattr(base.fn, k) for k in keys]
             if len(keys) > 1:
+                moving = [i for i, k in enumerate(keys) if below[k]]
+                arguments = [torch.broadcast_tensors(*arguments)[i] for i in moving]
+                value = value[..., moving, :][..., moving]
                 form = "coupled"
-                arguments = list(torch.broadcast_tensors(*arguments))
-            elif value.ndim == arguments[0].ndim + 1:
-                form = "vector"
+                if len(moving) == 1:
+                    form, value = "scalar", value[..., 0, 0]
             else:
-                form = "scalar"
+                form = "vector" if value.ndim == arguments[0].ndim + 1 else "scalar"
+            assert element is not None
             weighted = value * element.reshape(element.shape + (1,) * (value.ndim - element.ndim))
-            yield Entry(name, arguments, form, weighted, exact, how)
+            yield Entry(name, arguments, form, weighted, exact, how, touched)
+        loose = [n for k in names if k not in covered for n in below[k]]
+        loose += _in_transforms(base.transforms, leaves)
+        if loose:
+            nothing = torch.zeros(())
+            yield Entry(name, [], "none", nothing, False, "no Fisher information", loose)
 
 
-def uncovered(trace: poutine.Trace, leaves: Mapping[int, str]) -> Iterator[tuple[str, Tensor]]:
-    """Leaves that inform a site otherwise than through covered arguments, with the site."""
-    for name, site in stochastic_sites(trace):
-        base = unwrap(site["fn"])
-        covered: set[str] = set()
-        if argument_names(base.fn):
-            info = information(base.fn)[0]
-            for key in info:
-                covered |= {key} if isinstance(key, str) else set(key)
-        loose = [getattr(base.fn, n) for n in argument_names(base.fn) if n not in covered]
-        if not constant_transforms(base.transforms):
-            loose += [
-                value
-                for transform in base.transforms
-                for value in vars(transform).values()
-                if torch.is_tensor(value)
-            ]
-        for value in loose:
-            for key, leaf in graph.leaves_below(graph.root_of(value)).items():
-                if key in leaves:
-                    yield name, leaf
+def _in_transforms(transforms: list[Any], leaves: Mapping[int, str]) -> list[str]:
+    values = [v for t in transforms for v in vars(t).values() if torch.is_tensor(v)]
+    return [name for value in values for name in _names_below(value, leaves)]
 
 
-def _touched(argument: Tensor, leaves: Mapping[int, str]) -> bool:
-    return any(key in leaves for key in graph.leaves_below(graph.root_of(argument)))
+def _names_below(value: Tensor, leaves: Mapping[int, str]) -> list[str]:
+    """Names of the parameters that a tensor depends on."""
+    below = graph.leaves_below(graph.root_of(value))
+    return [leaves[key] for key in below if key in leaves]
 
 
 def _element_weight(site: dict[str, Any], base: Any, weight: Any, layout: Layout) -> Tensor:
@@ -127,6 +125,14 @@ def _element_weight(site: dict[str, Any], base: Any, weight: Any, layout: Layout
             element = element * widen(mask, place)
     if weight is not None:
         element = element * widen(weight, at)
-        batch = torch.broadcast_shapes(batch, weight.shape)
-    full = batch + inner[len(inner) - event :] if event else batch
-    return element.expand(torch.broadcast_shapes(element.shape, full)).sum_to_size(inner)
+        batch = _broadcast(batch, weight.shape)
+    full = torch.Size(batch) + inner[len(inner) - event :] if event else torch.Size(batch)
+    return element.expand(_broadcast(element.shape, full)).sum_to_size(inner)
+
+
+def _broadcast(one: torch.Size, other: torch.Size) -> torch.Size:
+    """As ``torch.broadcast_shapes``, without its overhead."""
+    ndim = max(len(one), len(other))
+    first = (1,) * (ndim - len(one)) + tuple(one)
+    second = (1,) * (ndim - len(other)) + tuple(other)
+    return torch.Size(b if a == 1 else a for a, b in zip(first, second, strict=True))

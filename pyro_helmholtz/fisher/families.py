@@ -206,6 +206,8 @@ def argument_names(fn: Any) -> list[str]:
 
     Probabilities computed from logits (or the reverse) and kept are not among them.
     """
+    if isinstance(fn, torch.distributions.Beta):
+        return ["concentration1", "concentration0"]  # views of a Dirichlet's argument
     fn = getattr(fn, "_categorical", fn)
     names = []
     given = fn.__dict__.get("_param")

@@ -23,7 +23,7 @@ class Solution:
 
     Attributes:
         x: (units, size). iterations: of conjugate gradients, 0 for a direct solve.
-        error: largest relative residual, in the preconditioner's norm.
+        error: relative residual, in the preconditioner's norm.
     """
 
     x: Tensor
@@ -58,8 +58,9 @@ def conjugate_gradients(
     Args:
         matvec: F, on (units, size). g: (units, size). damping: α > 0.
         precondition: an approximate inverse of αI + F.
-        tolerance: stop when every unit's residual, in the preconditioner's norm, is below
-            this share of its start. max_iterations: at most so many products with F.
+        tolerance: stop when the residual of all units together, in the preconditioner's norm
+            (about the error in the norm of αI + F), is below this share of its start.
+            max_iterations: at most so many products with F.
     """
     precondition = precondition or (lambda r: r / damping)
     r = (1 + damping) * g
@@ -76,7 +77,7 @@ def conjugate_gradients(
         r = r - step * product
         z = precondition(r)
         new = (r * z).sum(-1, keepdim=True)
-        error = float((new / start).max().clamp(min=0).sqrt())
+        error = float((new.sum() / start.sum()).clamp(min=0).sqrt())
         if error <= tolerance:
             break
         ratio = torch.where(rz > 0, new / rz, torch.zeros_like(rz))
@@ -103,36 +104,45 @@ class EigenBasis:
         values, vectors = torch.linalg.eigh(mean_block)
         return cls(values.clamp(min=0), vectors)
 
-    def inverse(self, scales: Tensor, damping: float, drop: float = DROP) -> Operator:
-        """The map ``g → P⁻¹ g`` on (units, size), or (units, d·size) for coupled units.
+    def to(self, g: Tensor) -> Tensor:
+        """(units, d·size) in the eigenbasis."""
+        return (g.reshape(-1, self.values.numel()) @ self.vectors).reshape(g.shape)
+
+    def back(self, x: Tensor) -> Tensor:
+        """The inverse of ``to``."""
+        return (x.reshape(-1, self.values.numel()) @ self.vectors.t()).reshape(x.shape)
+
+    def scaled_inverse(self, scales: Tensor, damping: float) -> Operator:
+        """``P_j⁻¹`` on vectors that stand in the eigenbasis: no product with it is needed.
 
         Args:
             scales: (units,) or (units, d, d). damping: α > 0.
-            drop: eigenvalues with ``max_j s_j λ < drop·α`` are left out: they change nothing.
         """
-        if scales.ndim == 3:
-            return self._coupled(scales, damping)
-        largest = scales.max().clamp(min=0)
-        keep = int((self.values * largest >= drop * damping).sum())
-        keep_all = 2 * keep > self.values.numel()
-        if keep_all:
-            v, lam = self.vectors, self.values
-            denominator = damping + scales[:, None] * lam
-            return lambda g: ((g @ v) / denominator) @ v.t()
-        first = self.values.numel() - keep
-        v, lam = self.vectors[:, first:], self.values[first:]
-        product = scales[:, None] * lam
-        share = product / (damping + product)
-        return lambda g: (g - ((g @ v) * share) @ v.t()) / damping
-
-    def _coupled(self, scales: Tensor, damping: float) -> Operator:
+        if scales.ndim == 1:
+            inverse = 1 / (damping + scales[:, None] * self.values)
+            return lambda g: g * inverse
         inner, w = torch.linalg.eigh(scales)
-        v = self.vectors
-        denominator = damping + inner.clamp(min=0)[..., None] * self.values
         units, d = inner.shape
+        inverse = 1 / (damping + inner.clamp(min=0)[..., None] * self.values)
 
         def apply(g: Tensor) -> Tensor:
-            inside = w.transpose(1, 2) @ g.reshape(units, d, -1) @ v
-            return (w @ (inside / denominator) @ v.t()).reshape(g.shape)
+            inside = w.transpose(1, 2) @ g.reshape(units, d, -1)
+            return (w @ (inside * inverse)).reshape(g.shape)
 
         return apply
+
+    def inverse(self, g: Tensor, scales: Tensor, damping: float) -> Tensor:
+        """``P_j⁻¹ g``, (units, d·size).
+
+        Eigenvalues with ``max_j s_j λ < DROP·α`` change nothing and are left out where most
+        are such: the cost falls from units·size² to units·size·kept.
+        """
+        keep = self.values.numel()
+        if scales.ndim == 1:
+            keep = int((self.values * scales.max() >= DROP * damping).sum())
+        if 2 * keep >= self.values.numel():
+            return self.back(self.scaled_inverse(scales, damping)(self.to(g)))
+        first = self.values.numel() - keep
+        v = self.vectors[:, first:]
+        product = scales[:, None] * self.values[first:]
+        return (g - ((g @ v) * (product / (damping + product))) @ v.t()) / damping
