@@ -19,7 +19,7 @@ help:
 	@echo "make test         format check, lint, types, tests"
 	@echo "make lint         format check, lint, types"
 	@echo "make format       format and sort imports"
-	@echo "make bench        benchmarks"
+	@echo "make bench        the time of one step, against Pyro and by hand"
 	@echo "make clean        remove the virtual environment and the caches"
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
@@ -43,7 +43,7 @@ format: $(STAMP)
 	$(BIN)/python -m ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python benchmarks/step_time.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

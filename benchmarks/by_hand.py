@@ -68,8 +68,9 @@ class ByHand:
         size, n = self.num_particles, len(x)
 
         # Wake: the first recognition layer is computed once for each datum.
-        logits = F.linear(x, self.up[0].weight, self.up[0].bias).expand(size, -1, -1)
-        hidden, log_q = [], 0
+        logits = self.up[0](x).expand(size, -1, -1)
+        hidden: list[Tensor] = []
+        log_q = x.new_zeros(())
         for i in range(len(self.up)):
             if i:
                 logits = self.up[i](hidden[-1])
@@ -95,7 +96,7 @@ class ByHand:
             for layer in reversed(self.down):
                 dream.append(torch.bernoulli(layer(dream[-1]).sigmoid()))
             dream.reverse()
-        sleep_phi = 0
+        sleep_phi = torch.zeros((), device=x.device)
         for layer, below, above in zip(self.up, dream[:-1], dream[1:], strict=True):
             sleep_phi = sleep_phi + log_bernoulli(layer(below), above).sum()
         return loss, -(wake_theta + 0.5 * (wake_phi + sleep_phi / n))

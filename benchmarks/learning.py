@@ -36,7 +36,12 @@ from torch import Tensor
 import pyro_helmholtz as ph
 from pyro_helmholtz.datasets import load
 
-GRID = {"rws-sgd": [0.1], "rws-adam": [0.003], "pyro-adam": [0.003], "natural": [None]}
+GRID: dict[str, list] = {
+    "rws-sgd": [0.1],
+    "rws-adam": [0.003],
+    "pyro-adam": [0.003],
+    "natural": [None],
+}
 SGD_OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "dampening")
 
 
@@ -55,6 +60,11 @@ def images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return train, test
 
 
+def optimiser(name: str, options: dict) -> pyro.optim.PyroOptim:
+    """Makes an optimiser of ``pyro.optim``, which defines most of them when it is imported."""
+    return getattr(pyro.optim, name)(dict(options))
+
+
 def make_step(method: str, options: dict, model: Callable, guide: Callable, size: int) -> Callable:
     """Makes the ``step(x)`` of a method; its options go to the optimiser and to the estimator."""
     common = {"num_particles": size, "max_plate_nesting": 1}
@@ -62,17 +72,17 @@ def make_step(method: str, options: dict, model: Callable, guide: Callable, size
         loss = ReweightedWakeSleep(
             vectorize_particles=True, insomnia=0.5, num_sleep_particles=1, **common
         )
-        step = SVI(model, guide, pyro.optim.Adam(dict(options)), loss=loss).step
+        step = SVI(model, guide, optimiser("Adam", options), loss=loss).step
         return lambda x: step(x)[0]
     if method == "rws-adam":
-        return ph.RWS(model, guide, pyro.optim.Adam(dict(options)), **common).step
+        return ph.RWS(model, guide, optimiser("Adam", options), **common).step
     if method == "rws-sgd":
-        return ph.RWS(model, guide, pyro.optim.SGD(dict(options)), **common).step
+        return ph.RWS(model, guide, optimiser("SGD", options), **common).step
     sgd = {key: value for key, value in options.items() if key in SGD_OPTIONS}
     rest = {key: value for key, value in options.items() if key not in SGD_OPTIONS}
     if sgd and "lr" not in sgd:
         raise ValueError(f"the options {sgd} of SGD need an lr beside them")
-    optim = pyro.optim.SGD(sgd) if sgd else None
+    optim = optimiser("SGD", sgd) if sgd else None
     return ph.NaturalRWS(model, guide, optim, **(common | rest)).step
 
 
@@ -116,7 +126,13 @@ def train(
 
     per_epoch = len(x) // args.batch_size
     limit = math.inf if args.epochs is None else math.ceil(args.epochs * per_epoch)
-    record = {"method": method, "options": options, "seed": seed, "curve": [], "error": None}
+    record: dict[str, Any] = {
+        "method": method,
+        "options": options,
+        "seed": seed,
+        "curve": [],
+        "error": None,
+    }
     seconds, steps, next_point = 0.0, 0, args.curve_every or math.inf
     try:
         for batch in minibatches(x, args.batch_size, seed):
@@ -217,8 +233,8 @@ def settings(args: argparse.Namespace) -> list[tuple[str, dict]]:
         bases = [parse_options(text) for text in args.natural] if method == "natural" else []
         for base in bases or [{}]:
             # A rate among --natural's options stands; the grid is for those without.
-            rates = [None] if "lr" in base else grid[method]
-            found += [(method, base if lr is None else {**base, "lr": lr}) for lr in rates]
+            tried: list = [None] if "lr" in base else grid[method]
+            found += [(method, base if lr is None else {**base, "lr": lr}) for lr in tried]
     return found
 
 

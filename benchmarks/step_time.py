@@ -80,7 +80,7 @@ def make_step(
     if name == "by-hand":
         return ByHand(widths, particles, device=device).step
     model, guide = make_programs(widths, device, prefix=f"{name}_")
-    optim = pyro.optim.SGD({"lr": 2e-3})
+    optim = pyro.optim.SGD({"lr": 2e-3})  # type: ignore[attr-defined]
     if name == "pyro":
         loss = ReweightedWakeSleep(
             num_particles=particles,
@@ -123,7 +123,7 @@ def measure(steps: dict[str, Callable], x: Tensor, args: argparse.Namespace) -> 
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / count * 1e3
 
-    results = {}
+    results: dict[str, dict] = {}
     for name in steps:
         if cuda:
             torch.cuda.reset_peak_memory_stats(args.device)

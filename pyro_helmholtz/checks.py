@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 
-Site = dict[str, Any]
+Site = Any
+PARTICLES = "num_particles_vectorized"
 
 
 def is_stochastic(site: Site) -> bool:
@@ -34,17 +38,19 @@ def check_sites(trace: poutine.Trace, program: str) -> None:
     Raises:
         ValueError: naming the site and the program it stands in.
     """
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and site["infer"].get("enumerate"):
+    nodes: dict[str, Site] = dict(trace.nodes)
+    for name, site in nodes.items():
+        mark = site["infer"].get("enumerate") if site["type"] == "sample" else None
+        if mark:
             raise ValueError(
                 f"site {name!r} of the {program} is marked for enumeration "
-                f"(infer={{'enumerate': {site['infer']['enumerate']!r}}}). These estimators "
+                f"(infer={{'enumerate': {mark!r}}}). These estimators "
                 "sample discrete latents: remove the mark or config_enumerate."
             )
 
 
 def _plates(site: Site) -> set[str]:
-    return {frame.name for frame in site["cond_indep_stack"]}
+    return {f.name for f in site["cond_indep_stack"] if f.name != PARTICLES}
 
 
 def check_against_model(model: poutine.Trace, guide: poutine.Trace) -> None:
@@ -64,9 +70,7 @@ def check_against_model(model: poutine.Trace, guide: poutine.Trace) -> None:
         if name not in in_model:
             observed = name in model.nodes and model.nodes[name]["type"] == "sample"
             what = "is observed there" if observed else f"has {sorted(in_model)}"
-            raise ValueError(
-                f"site {name!r} of the guide is no latent of the model, which {what}."
-            )
+            raise ValueError(f"site {name!r} of the guide is no latent of the model, which {what}.")
     for name, site in in_guide.items():
         other = in_model[name]
         if _plates(site) != _plates(other):
@@ -104,7 +108,8 @@ def check_observations(trace: poutine.Trace) -> None:
         ValueError: naming the site.
     """
     any_observed = False
-    for name, site in trace.nodes.items():
+    nodes: dict[str, Site] = dict(trace.nodes)
+    for name, site in nodes.items():
         if not (is_stochastic(site) and site["is_observed"]):
             continue
         any_observed = True
@@ -133,6 +138,31 @@ def check_observations(trace: poutine.Trace) -> None:
             "the model has no observed site. Condition it on data: "
             "pyro.sample(name, distribution, obs=x)."
         )
+
+
+@contextmanager
+def blame_data(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Where programs break on empty or NaN data, say that instead of the host's error.
+
+    Raises:
+        ValueError: naming the argument or the observed site.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if torch.is_tensor(value) and value.numel() == 0:
+                raise ValueError(
+                    f"the data are an empty batch: argument {key!r} of the programs has shape "
+                    f"{tuple(value.shape)}."
+                ) from error
+        try:
+            with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
+                trace = poutine.trace(model).get_trace(*args, **kwargs)
+        except Exception:
+            raise error from None
+        check_observations(trace)
+        raise
 
 
 def check_log_prob_shape(site: Site, log_prob: torch.Tensor, ndim: int) -> None:

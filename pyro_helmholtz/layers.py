@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Columns:
 
     @classmethod
     def of(cls, leaf: Tensor, index: Tensor) -> Columns:
+        """From the flat index of the leaf in each (unit, column)."""
         units, columns = index.shape
         flat = torch.arange(index.numel(), device=index.device)
         shape = (units, columns)
@@ -94,14 +96,17 @@ class Term:
 
     @property
     def kind(self) -> str:
+        """The operation."""
         return graph.kind(self.node)
 
     @property
     def direct(self) -> bool:
+        """Whether the leaf itself is the summand."""
         return self.kind not in MATMUL and self.kind != "Convolution"
 
     @property
     def what(self) -> str:
+        """Kind of the application, for the report."""
         if self.direct:
             return "direct"
         if self.kind != "Convolution":
@@ -109,6 +114,7 @@ class Term:
         return "transposed convolution" if self.node._saved_transposed else "convolution"
 
     def out_shape(self) -> torch.Size:
+        """Shape of the term's own output."""
         if self.direct:
             return self.leaf.shape
         return graph.shape_of(self.node)
@@ -240,20 +246,23 @@ class Root:
 
     @property
     def key(self) -> tuple:
+        """Identity of the root's node."""
         return (id(self.node), self.nr)
 
     @property
     def leaves(self) -> list[Tensor]:
+        """The parameters, in the order of the columns."""
         return [t.leaf for t in self.terms]
 
     @property
     def what(self) -> str:
+        """Kind of the application, for the report."""
         names = list(dict.fromkeys(t.what for t in self.terms if not t.direct))
         return " + ".join(names) if names else "direct"
 
     def features(self) -> Tensor:
         """(rows, columns): the terms' features side by side, a one for a bias."""
-        parts = []
+        parts: list[Tensor] = []
         for term, row_map in zip(self.terms, self.row_maps, strict=True):
             if term.direct:
                 like = parts[0] if parts else term.leaf
@@ -470,7 +479,7 @@ def _collect_product(
                 nr,
                 slot,
                 graph.shape_of(below_node, below_nr),
-                special=lambda value: value.sum(rest),
+                special=partial(torch.sum, dim=rest),
             )
         else:
             link = _plain(node, nr, child)

@@ -21,7 +21,7 @@ from .fisher.assemble import Source, assemble
 from .fisher.blocks import Block
 from .fisher.evidence import entries
 from .fisher.memory import Fisher, Memory
-from .svi import Directions, HelmholtzSVI, gradient
+from .svi import Directions, HelmholtzSVI, gradient, sgd
 from .trace import Layout, Recipe
 
 Schedule = float | Callable[[int], float]
@@ -89,6 +89,10 @@ class NaturalRWS(HelmholtzSVI):
         self._steps = 0
         self._fresh: list[Block] | None = None
         self._fisher: Fisher | None = None
+
+    def default_optimiser(self) -> PyroOptim:
+        """SGD of rate 0.02 with Nesterov momentum 0.9."""
+        return sgd(lr=0.02, momentum=0.9, nesterov=True)
 
     def _alpha(self) -> float:
         alpha = float(self.damping(self._steps) if callable(self.damping) else self.damping)

@@ -97,8 +97,7 @@ def pair_dreams(
         result = dream_args(dreams, *args, **kwargs)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             raise ValueError(
-                "dream_args must return (args, kwargs) for the guide, got "
-                f"{type(result).__name__}."
+                f"dream_args must return (args, kwargs) for the guide, got {type(result).__name__}."
             )
         return tuple(result[0]), dict(result[1]), Observations()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,8 @@ class HelmholtzSVI:
     Args:
         model: a Pyro program with observed sites. guide: one with the same arguments and the
             same latents.
-        optim: any ``pyro.optim`` optimiser; None is plain SGD.
+        optim: any ``pyro.optim`` optimiser; None is ``default_optimiser``: SGD of rate 0.05, or
+            for NaturalRWS of rate 0.02 with Nesterov momentum 0.9.
         estimator: the phases of an update. sleep_steps: sleep updates per wake update; those
             after the first train the guide alone (sleep-well).
 
@@ -55,8 +57,6 @@ class HelmholtzSVI:
         TypeError: an optimiser that is not Pyro's.
         ValueError: an option out of its range.
     """
-
-    default_learning_rate = DEFAULT_LEARNING_RATE
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class HelmholtzSVI:
 
     def default_optimiser(self) -> PyroOptim:
         """What ``optim=None`` means."""
-        return pyro.optim.SGD({"lr": self.default_learning_rate})
+        return sgd(lr=DEFAULT_LEARNING_RATE)
 
     @property
     def programs(self) -> Programs:
@@ -153,21 +153,26 @@ class HelmholtzSVI:
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Minus the K-particle bound, on the host's scale; updates nothing."""
+        self._resume(args, kwargs)
         return self.estimator.loss(self.model, self.guide, *args, **kwargs)
 
     def directions(self, *args: Any, **kwargs: Any) -> Directions:
         """The directions that a step would take on these data; updates nothing."""
+        self._resume(args, kwargs)
+        self._resume(args, kwargs)
         done = self.estimator.run(self.programs, args, kwargs)
         direction = gradient(done.surrogate, done.leaves())
         return Directions(direction, direction, None, float(done.loss))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on: parameters, optimiser, random state."""
+        if self._pending is not None:
+            return self._pending
         store = pyro.get_param_store()
         used = {name: leaf.detach().clone() for name, leaf in store._params.items()}
         state = {
             "parameters": used,
-            "optimiser": self.optim.get_state(),
+            "optimiser": deepcopy(self.optim.get_state()),
             "random": torch.get_rng_state(),
             "max_plate_nesting": self.programs.max_plate_nesting,
         }
@@ -178,13 +183,18 @@ class HelmholtzSVI:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state: the next step is the one that would have followed.
 
-        Parameters are filled in when the programs next run, since only then they exist.
+        Parameters that Pyro's store holds take their saved values now; the others when this
+        object next runs the programs, since only then they exist.
+
+        Raises:
+            ValueError: something that ``state_dict`` did not return, or another shape.
         """
         if not isinstance(state, dict) or "parameters" not in state:
             raise ValueError("load_state_dict needs what state_dict returned.")
         self._pending = state
         self.programs.max_plate_nesting = state["max_plate_nesting"]
-        self.optim.set_state(state["optimiser"])
+        self.optim.optim_objs.clear()
+        self.optim.set_state(deepcopy(state["optimiser"]))
 
     def _resume(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Fill in pending parameters in place, then set the random state."""
@@ -194,20 +204,28 @@ class HelmholtzSVI:
         with torch.no_grad():
             wake = self.programs.wake(args, kwargs)
             leaves = parameters(wake.model, wake.guide)
-            store = pyro.get_param_store()._params
-            for name, value in state["parameters"].items():
-                leaf = leaves.get(name, store.get(name))
-                if leaf is None:
-                    continue
-                if leaf.shape != value.shape:
-                    raise ValueError(
-                        f"parameter {name!r} has shape {tuple(leaf.shape)} in the program but "
-                        f"{tuple(value.shape)} in the saved state."
-                    )
-                leaf.copy_(value)
+        _fill(state["parameters"], {**pyro.get_param_store()._params, **leaves})
         torch.set_rng_state(state["random"])
         if "random_cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+def sgd(**options: Any) -> PyroOptim:
+    """Pyro's SGD, which ``pyro.optim`` defines only when it is imported."""
+    return pyro.optim.SGD(options)  # type: ignore[attr-defined]
+
+
+def _fill(saved: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+    """Copy saved values into the leaves of the same name."""
+    for name in saved.keys() & leaves.keys():
+        if leaves[name].shape != saved[name].shape:
+            raise ValueError(
+                f"parameter {name!r} has shape {tuple(leaves[name].shape)} in the program but "
+                f"{tuple(saved[name].shape)} in the saved state."
+            )
+    with torch.no_grad():
+        for name in saved.keys() & leaves.keys():
+            leaves[name].copy_(saved[name])
 
 
 def gradient(surrogate: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

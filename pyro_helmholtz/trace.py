@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyro
@@ -23,6 +24,8 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 
 from .checks import (
+    PARTICLES,
+    blame_data,
     check_against_model,
     check_log_prob_shape,
     check_observations,
@@ -31,8 +34,7 @@ from .checks import (
 )
 from .pairing import pair_dreams
 
-PARTICLES = "num_particles_vectorized"
-Site = dict[str, Any]
+Site = Any
 
 
 class _Detached(Messenger):
@@ -83,7 +85,8 @@ def parameters(*traces: poutine.Trace) -> dict[str, torch.Tensor]:
     for trace in traces:
         for name, site in trace.nodes.items():
             if site["type"] == "param":
-                leaf = site["value"].unconstrained()
+                value: Any = site["value"]
+                leaf = value.unconstrained()
                 if leaf.requires_grad:
                     leaves[name] = leaf
     return leaves
@@ -104,7 +107,7 @@ def guess_max_plate_nesting(
         for site in trace.nodes.values()
         if site["type"] == "sample"
         for frame in site["cond_indep_stack"]
-        if frame.vectorized
+        if frame.dim is not None
     ]
     return max(dims, default=0)
 
@@ -129,6 +132,7 @@ class Layout:
 
     @classmethod
     def of(cls, sites: list[Site], max_plate_nesting: int) -> Layout:
+        """Of the sites of one program."""
         stacks = [
             {f.name: f for f in site["cond_indep_stack"] if f.name != PARTICLES} for site in sites
         ]
@@ -304,9 +308,11 @@ class Programs:
         Raises:
             ValueError: a site that cannot be trained so, naming it.
         """
-        nesting = self.nesting(args, kwargs)
+        blame = partial(blame_data, self.model, args, kwargs)
+        with blame():
+            nesting = self.nesting(args, kwargs)
         guide = self.guide if samples is None else poutine.replay(self.guide, trace=samples)
-        with self._validation("wake"), self.particles(nesting):
+        with blame(), self._validation("wake"), self.particles(nesting):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             check_sites(guide_trace, "guide")
             model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
@@ -348,14 +354,17 @@ class Programs:
         with validation, torch.set_grad_enabled(with_grad), _Detached(), dreaming:
             model_trace = poutine.trace(model).get_trace(*args, **kwargs)
         check_sites(model_trace, "model")
-        dreams = {name: model_trace.nodes[name]["value"] for name in dreaming.observed}
+        dreams: dict[str, Any] = {
+            name: model_trace.nodes[name]["value"] for name in dreaming.observed
+        }
         args, kwargs, unread = pair_dreams(
             dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
         )
         with self._validation("dream"), _Detached():
-            guide_trace = poutine.trace(
-                poutine.replay(self.guide, trace=model_trace)
-            ).get_trace(*args, **kwargs)
+            guide_trace = poutine.trace(poutine.replay(self.guide, trace=model_trace)).get_trace(
+                *args, **kwargs
+            )
+        unread.check()
         check_sites(guide_trace, "guide")
         sites = [site for _, site in stochastic_sites(model_trace)]
         self._validated.add("dream")
@@ -390,9 +399,7 @@ class Recipe:
             for name, site in trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"]
         }
-        return cls(
-            program, args, kwargs, values, weights, layout, program == "model", dreamt
-        )
+        return cls(program, args, kwargs, values, weights, layout, program == "model", dreamt)
 
     def run(self, programs: Programs) -> poutine.Trace:
         """Run the program with the values replayed, at the present parameters."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
@@ -137,13 +136,9 @@ class HelmholtzELBO(ELBO):
         surrogate = done.surrogate * done.wake.layout.num_data
         return done.loss - (surrogate - surrogate.detach())
 
-    def loss_and_grads(
-        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
-    ) -> float:
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Add the loss's gradient to every parameter's ``.grad`` and return the loss."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
-        value = float(loss)
-        pyro.util.warn_if_nan(value, "loss")
-        return value
+        return float(loss.detach())

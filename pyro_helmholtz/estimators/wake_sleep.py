@@ -21,9 +21,7 @@ class WakeSleep_ELBO(HelmholtzELBO):
         max_plate_nesting, dream_args: see ``HelmholtzELBO``.
     """
 
-    def __init__(
-        self, num_particles: int = 1, *, sleep_scale: float = 1.0, **options: Any
-    ) -> None:
+    def __init__(self, num_particles: int = 1, *, sleep_scale: float = 1.0, **options: Any) -> None:
         super().__init__(num_particles, **options)
         self.sleep_scale = float(sleep_scale)
 

@@ -158,7 +158,9 @@ def _scalar_parts(
     for root in roots.values():
         if _names(root, tensors) != names or not _same_columns(root, first):
             raise Opaque("parameters are shared between unlike layers")
-    parts = [Part(root.features(), root.coefficient(coefficients[key])) for key, root in roots.items()]
+    parts = [
+        Part(root.features(), root.coefficient(coefficients[key])) for key, root in roots.items()
+    ]
     kind = first.what if len(roots) == 1 else f"{first.what}, shared by {len(roots)}"
     return [Component(list(names), list(first.columns))], parts, kind
 
@@ -233,7 +235,11 @@ def _components(found: Found) -> list[tuple[Root, Tensor, Tensor, Tensor]]:
 
 
 def _matrix_free(
-    group: _Group, sources: list[Source], tensors: Mapping[str, Tensor], programs: Programs, reason: str
+    group: _Group,
+    sources: list[Source],
+    tensors: Mapping[str, Tensor],
+    programs: Programs,
+    reason: str,
 ) -> MatrixFreeBlock:
     sites, exact, how = _summary(group)
     names = sorted(group.names)

@@ -81,30 +81,37 @@ class UnitBlock:
 
     @property
     def site(self) -> str:
+        """Names of the sites that the parameters feed."""
         return ", ".join(self.sites)
 
     @property
     def params(self) -> list[str]:
+        """Names of the parameters."""
         return list(dict.fromkeys(name for c in self.components for name in c.names))
 
     @property
     def key(self) -> tuple[str, ...]:
+        """What identifies the block from batch to batch."""
         return tuple(self.params)
 
     @property
     def d(self) -> int:
+        """Number of components of a unit."""
         return len(self.components)
 
     @property
     def units(self) -> int:
+        """Number of blocks."""
         return int(self.parts[0].coefficients.shape[1])
 
     @property
     def fan_in(self) -> int:
+        """Number of features, the bias included."""
         return int(self.parts[0].features.shape[1])
 
     @property
     def size(self) -> int:
+        """Rows of one block."""
         return self.d * self.fan_in
 
     def gather(self, tensors: Tensors) -> Tensor:
@@ -284,29 +291,36 @@ class MatrixFreeBlock:
 
     @property
     def site(self) -> str:
+        """Names of the sites that the parameters feed."""
         return ", ".join(self.sites)
 
     @property
     def params(self) -> list[str]:
+        """Names of the parameters."""
         return self.names
 
     @property
     def key(self) -> tuple[str, ...]:
+        """What identifies the block from batch to batch."""
         return tuple(self.names)
 
     @property
     def units(self) -> int:
+        """Number of blocks."""
         return 1
 
     @property
     def size(self) -> int:
+        """Rows of one block."""
         return sum(s.numel() for s in self.shapes)
 
     @property
     def fan_in(self) -> int:
+        """Number of features, the bias included."""
         return self.size
 
     def method(self) -> str:
+        """The solver's name, for the structure report."""
         return f"matrix-free conjugate gradients to {self.tolerance:g}"
 
     def gather(self, tensors: Tensors) -> Tensor:

@@ -115,7 +115,7 @@ def _element_weight(site: dict[str, Any], base: Any, weight: Any, layout: Layout
 
     def widen(value: Any, at: int) -> Tensor:
         """A tensor over ``at`` batch dimensions as one over those of the innermost."""
-        value = torch.as_tensor(value, device=like.device).to(like.dtype)
+        value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
         return value.reshape(value.shape + (1,) * (len(inner) - at))
 
     at = len(site["fn"].batch_shape)

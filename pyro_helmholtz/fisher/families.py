@@ -116,7 +116,9 @@ def _von_mises(d: Any) -> Information:
 @register_fisher(torch.distributions.Gamma)
 def _gamma(d: Any) -> Information:
     a, b = d.concentration.detach(), d.rate.detach()
-    return {("concentration", "rate"): _matrix([[torch.polygamma(1, a), -1 / b], [-1 / b, a / b**2]])}
+    return {
+        ("concentration", "rate"): _matrix([[torch.polygamma(1, a), -1 / b], [-1 / b, a / b**2]])
+    }
 
 
 @register_fisher(torch.distributions.Beta)

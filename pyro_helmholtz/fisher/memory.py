@@ -64,6 +64,7 @@ class Statistics:
 
     @classmethod
     def of(cls, block: UnitBlock) -> Statistics:
+        """Statistics of a layer's first batch."""
         mean, scales = block.mean_block(), block.unit_scales()
         return cls(mean, scales, EigenBasis.of(mean / mean_scale(scales)))
 

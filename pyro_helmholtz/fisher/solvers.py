@@ -69,7 +69,8 @@ def conjugate_gradients(
     rz = (r * z).sum(-1, keepdim=True)
     start = rz.clamp(min=torch.finfo(g.dtype).tiny)
     error, done = 1.0, 0
-    for done in range(1, max_iterations + 1):
+    while done < max_iterations:
+        done += 1
         product = matvec(p) + damping * p
         curvature = (p * product).sum(-1, keepdim=True)
         step = torch.where(curvature > 0, rz / curvature, torch.zeros_like(rz))
@@ -101,6 +102,7 @@ class EigenBasis:
 
     @classmethod
     def of(cls, mean_block: Tensor) -> EigenBasis:
+        """Of a symmetric mean block, (size, size)."""
         values, vectors = torch.linalg.eigh(mean_block)
         return cls(values.clamp(min=0), vectors)
 

@@ -1,0 +1,307 @@
+"""Bad input: an error that names the site, and no parameter changes."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_helmholtz import RWS, NaturalRWS, WakeSleep
+
+from .programs import snapshot
+
+X = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+FRONT_ENDS = [RWS, NaturalRWS]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+def theta():
+    return pyro.param("theta", torch.tensor([0.5, -0.5]))
+
+
+def phi():
+    return pyro.param("phi", torch.tensor([0.2, 0.1]))
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+        pyro.sample("x", dist.Bernoulli(logits=theta() * (2 * h - 1)).to_event(1), obs=x)
+
+
+def guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("h", dist.Bernoulli(logits=phi() * (2 * x - 1)).to_event(1))
+
+
+def refuses(front, model, guide, x, match, error=ValueError, **options):
+    """A first step raises and leaves the parameters as they are."""
+    theta(), phi()
+    before = snapshot()
+    svi = front(model, guide, num_particles=4, **options)
+    with pytest.raises(error, match=match):
+        svi.step(x)
+    after = snapshot()
+    assert before.keys() <= after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+both = pytest.mark.parametrize("front", FRONT_ENDS)
+
+
+@both
+def test_guide_lacks_a_latent(front):
+    def bad(x):
+        phi()
+
+    refuses(front, model, bad, X, "latent site 'h' of the model is missing from the guide")
+
+
+@both
+def test_guide_has_a_latent_too_many(front):
+    def bad(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=phi() * x).to_event(1))
+            pyro.sample("extra", dist.Normal(phi()[0], 1.0))
+
+    refuses(front, model, bad, X, "site 'extra' of the guide is no latent of the model")
+
+
+@both
+def test_event_dim_mismatch(front):
+    def matrix(x):
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(1, 2)).to_event(2))
+            logits = theta() * h.squeeze(-2)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def bad(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=phi() * x).to_event(1))
+
+    refuses(front, matrix, bad, X, "latent site 'h' has event_dim 1 in the guide but 2")
+
+
+@both
+def test_discrete_against_continuous(front):
+    def bad(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Normal(phi() * x, 1.0).to_event(1))
+
+    refuses(front, model, bad, X, "latent site 'h' has support")
+
+
+@both
+def test_outside_the_support(front):
+    def positive(x):
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Gamma(torch.ones(2), torch.ones(2)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=theta() * h).to_event(1), obs=x)
+
+    def bad(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Normal(phi() * x, 1.0).to_event(1))
+
+    refuses(front, positive, bad, X, "'h'")
+
+
+@both
+def test_factor_cannot_dream(front):
+    def bad(x):
+        model(x)
+        pyro.factor("penalty", -theta().square().sum())
+
+    refuses(front, bad, guide, X, "site 'penalty' is a pyro.factor")
+
+
+@both
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_enumeration_marks(front, where):
+    marks = {where: {"enumerate": "parallel"}}
+
+    def marked_model(x):
+        with pyro.plate("data", len(x)):
+            prior = dist.Bernoulli(logits=torch.zeros(3))
+            h = pyro.sample("h", prior, infer=marks.get("model"))
+            logits = theta() * h[..., None]
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def marked_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=x @ phi()), infer=marks.get("guide"))
+
+    refuses(front, marked_model, marked_guide, X, f"'h' of the {where} is marked")
+
+
+@both
+@pytest.mark.parametrize("warm", [False, True])
+def test_nan_data(front, warm):
+    bad = X.clone()
+    bad[1, 0] = float("nan")
+    svi = front(model, guide, num_particles=4)
+    if warm:
+        svi.step(X)
+    theta(), phi()
+    before = snapshot()
+    with pytest.raises(ValueError, match="site 'x' has 1 NaN"):
+        svi.step(bad)
+    assert all(torch.equal(v, before[k]) for k, v in snapshot().items())
+
+
+@both
+def test_nan_data_that_the_guide_does_not_see(front):
+    def blind(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=phi()).to_event(1))
+
+    refuses(front, model, blind, X * float("nan"), "site 'x' has 6 NaN")
+
+
+@both
+def test_empty_batch(front):
+    refuses(front, model, guide, X[:0], "empty batch")
+
+
+@both
+def test_wrong_plate(front):
+    def bad(x):
+        with pyro.plate("batch", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=phi() * x).to_event(1))
+
+    refuses(front, model, bad, X, r"site 'h' stands in the plates \['batch'\]")
+
+
+@both
+def test_undeclared_batch_dimension(front):
+    def bad_model(x):
+        h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(3, 2)).to_event(1))
+        pyro.sample("x", dist.Bernoulli(logits=theta() * h).to_event(1), obs=x)
+
+    def bad_guide(x):
+        pyro.sample("h", dist.Bernoulli(logits=phi() * x).to_event(1))
+
+    refuses(front, bad_model, bad_guide, X, "h")
+
+
+@both
+@pytest.mark.parametrize("warm", [False, True])
+def test_values_outside_the_observed_support(front, warm):
+    def model_only(x):
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=theta() * (2 * h - 1)).to_event(1), obs=x)
+
+    svi = front(model_only, guide, num_particles=4)
+    if warm:
+        svi.step(X)
+    theta(), phi()
+    before = snapshot()
+    with pytest.raises(ValueError, match="'x'"):
+        svi.step(torch.full((3, 2), 0.5))
+    assert all(torch.equal(v, before[k]) for k, v in snapshot().items())
+
+
+@both
+def test_no_observed_site(front):
+    def bad(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=theta()).to_event(1))
+
+    refuses(front, bad, guide, X, "no observed site")
+
+
+@both
+@pytest.mark.parametrize("warm", [False, True])
+def test_infinite_loss_changes_nothing(front, warm):
+    """A learnt location that has run away: every weight is zero."""
+
+    def bad(x):
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            pyro.sample("x", dist.Normal(theta() * h, 1.0).to_event(1), obs=x)
+
+    svi = front(bad, guide, num_particles=4)
+    if warm:
+        svi.step(X)
+    with torch.no_grad():
+        theta().fill_(1e30), phi().fill_(3.0)
+    before = snapshot()
+    with pytest.raises(FloatingPointError, match="no parameter was changed"):
+        svi.step(X)
+    assert all(torch.equal(v, before[k]) for k, v in snapshot().items())
+    with torch.no_grad():
+        theta().fill_(0.1)
+    assert torch.isfinite(torch.tensor(svi.step(X)))
+
+
+@both
+def test_non_finite_direction_names_the_parameter(front):
+    def bad(x):
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            root = pyro.param("root", torch.zeros(2)).sqrt()
+            pyro.sample("x", dist.Bernoulli(logits=root * h + theta()).to_event(1), obs=x)
+
+    refuses(front, bad, guide, X, "'root' is not finite", FloatingPointError)
+
+
+@pytest.mark.parametrize("front", [RWS, WakeSleep, NaturalRWS])
+@pytest.mark.parametrize("particles", [0, -1, 2.0, "3"])
+def test_bad_number_of_particles(front, particles):
+    with pytest.raises(ValueError, match="num_particles"):
+        front(model, guide, num_particles=particles)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"damping": 0.0}, "damping"),
+        ({"damping": -1.0}, "damping"),
+        ({"damping": float("nan")}, "damping"),
+        ({"fisher": "dense"}, "fisher='dense'"),
+        ({"fisher_samples": "latest"}, "fisher_samples='latest'"),
+        ({"refresh_every": 0}, "refresh_every"),
+        ({"refresh_every": 1.5}, "refresh_every"),
+        ({"kl_clip": 0.0}, "kl_clip"),
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"sleep_weight": 1.5}, "sleep_weight"),
+        ({"sleep_weight": -0.1}, "sleep_weight"),
+        ({"sleep_steps": 0}, "sleep_steps"),
+    ],
+)
+def test_bad_options(options, match):
+    with pytest.raises(ValueError, match=match):
+        NaturalRWS(model, guide, **options)
+
+
+def test_bad_damping_schedule_changes_nothing():
+    refuses(NaturalRWS, model, guide, X, "schedule gave -1", damping=lambda step: -1.0)
+
+
+@both
+def test_bad_programs_and_optimisers(front):
+    with pytest.raises(TypeError, match="model must be a Pyro program"):
+        front(None, guide)
+    with pytest.raises(TypeError, match="guide must be a Pyro program"):
+        front(model, 3)
+    with pytest.raises(TypeError, match="pyro.optim"):
+        front(model, guide, torch.optim.SGD([torch.zeros(1)], lr=0.1))
+
+
+def test_load_state_dict_refuses_other_things():
+    with pytest.raises(ValueError, match="state_dict"):
+        RWS(model, guide).load_state_dict({})
+
+
+def test_load_state_dict_refuses_another_shape():
+    svi = RWS(model, guide, num_particles=2)
+    svi.step(X)
+    state = svi.state_dict()
+    state["parameters"]["theta"] = torch.zeros(5)
+    svi.load_state_dict(state)
+    with pytest.raises(ValueError, match="parameter 'theta' has shape"):
+        svi.step(X)

@@ -1,0 +1,164 @@
+"""Dreams reach the guide: by identity, by dream_args, by observations=."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_helmholtz import RWS
+from pyro_helmholtz.trace import Programs
+
+X = torch.tensor([0.0, 1.0, 1.0])
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+def bernoulli(name, logits, obs=None):
+    return pyro.sample(name, dist.Bernoulli(logits=logits), obs=obs)
+
+
+def body(x, value=None):
+    with pyro.plate("data", 3):
+        h = bernoulli("h", torch.zeros(3))
+        bernoulli("x", 6 * h - 3, obs=x)
+
+
+def guide_body(x):
+    a = pyro.param("a", torch.tensor(1.0))
+    with pyro.plate("data", 3):
+        bernoulli("h", a * (2 * x - 1))
+
+
+def dream(model, guide, *args, dream_args=None, **kwargs):
+    return Programs(model, guide, 4, dream_args=dream_args).dream(args, kwargs)
+
+
+def dreamt(found):
+    return found.model.nodes["x"]["value"]
+
+
+def saw(found):
+    """The guide's logits on the dream, and what they should be."""
+    a = pyro.param("a")
+    return found.guide.nodes["h"]["fn"].logits, a * (2 * dreamt(found) - 1)
+
+
+def test_positional():
+    found = dream(body, guide_body, X)
+    assert found.args[0] is dreamt(found)
+    assert torch.equal(*saw(found))
+
+
+def test_keyword():
+    found = dream(body, guide_body, x=X)
+    assert found.kwargs["x"] is dreamt(found)
+    assert torch.equal(*saw(found))
+
+
+def test_inside_lists_tuples_and_dictionaries():
+    def model(batch, *, extra):
+        body(batch["images"][0])
+
+    def guide(batch, *, extra):
+        guide_body(batch["images"][0])
+
+    label = torch.arange(3)
+    batch = {"images": [X, label], "n": 3}
+    extra = (X, "word")
+    found = dream(model, guide, batch, extra=extra)
+    assert found.args[0]["images"][0] is dreamt(found)
+    assert found.args[0]["images"][1] is label
+    assert found.kwargs["extra"][0] is dreamt(found)
+    assert found.kwargs["extra"][1] == "word"
+    assert batch["images"][0] is X
+    assert torch.equal(*saw(found))
+
+
+def test_dream_args():
+    def model(x):
+        body(x.view(3))
+
+    def guide(x):
+        guide_body(x.view(3))
+
+    def pair(dreams, x):
+        return (dreams["x"].view(3, 1),), {}
+
+    x = X.view(3, 1)
+    found = dream(model, guide, x, dream_args=pair)
+    assert torch.equal(*saw(found))
+    RWS(model, guide, num_particles=3, dream_args=pair).step(x)
+
+
+def test_dream_args_must_return_a_pair():
+    with pytest.raises(ValueError, match="dream_args must return"):
+        dream(body, guide_body, X, dream_args=lambda dreams, x: dreams["x"])
+
+
+def test_observations_guide():
+    def guide(x, observations=None):
+        guide_body(x if observations is None else observations["x"])
+
+    found = dream(body, guide, X)
+    assert torch.equal(*saw(found))
+    RWS(body, guide, num_particles=3).step(X)
+
+
+def test_observations_is_the_only_argument():
+    def model(observations):
+        body(observations["x"])
+
+    def guide(observations):
+        guide_body(observations["x"])
+
+    for args, kwargs in (({"x": X},), {}), ((), {"observations": {"x": X}}):
+        found = dream(model, guide, *args, **kwargs)
+        assert torch.equal(*saw(found))
+        RWS(model, guide, num_particles=3).step(*args, **kwargs)
+
+
+def test_observations_where_identity_fails():
+    def model(x, observations=None):
+        body(x[torch.arange(3)])
+
+    def guide(x, observations=None):
+        guide_body(x if observations is None else observations["x"])
+
+    found = dream(model, guide, X)
+    assert torch.equal(*saw(found))
+
+
+@pytest.mark.parametrize("change", [lambda x: x.view(3), lambda x: x[torch.arange(3)]])
+def test_broken_identity_is_an_error(change):
+    def model(x):
+        body(change(x))
+
+    with pytest.raises(ValueError, match="site 'x' is none of the arguments.*dream_args"):
+        dream(model, guide_body, X)
+
+
+def test_two_sites_of_one_object():
+    def model(x):
+        with pyro.plate("data", 3):
+            h = bernoulli("h", torch.zeros(3))
+            bernoulli("x", h, obs=x)
+            bernoulli("y", -h, obs=x)
+
+    with pytest.raises(ValueError, match="sites 'x' and 'y' observe the same object"):
+        dream(model, guide_body, X)
+
+
+def test_dreams_keep_the_datas_dtype():
+    data = X.to(torch.int64)
+
+    def model(x):
+        with pyro.plate("data", 3):
+            h = bernoulli("h", torch.zeros(3))
+            pyro.sample("x", dist.Categorical(logits=torch.stack([h, -h], -1)), obs=x)
+
+    found = dream(model, guide_body, data)
+    assert found.args[0].dtype == torch.int64

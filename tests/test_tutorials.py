@@ -1,0 +1,57 @@
+import re
+import runpy
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+pytest.importorskip("matplotlib").use("Agg")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _apart(monkeypatch, tmp_path):
+    """Scripts run in an empty folder, with a parameter store and random numbers of their own."""
+    import matplotlib.pyplot as plt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUTORIAL_FAST", "1")
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda path: path.stem
+)
+def test_tutorial_runs_and_leaves_only_figures(script, tmp_path):
+    runpy.run_path(str(script), run_name="__main__")
+    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
+    assert list((tmp_path / "figures").glob(f"{script.stem[:2]}_*.png"))
+
+
+def test_second_tutorial_shows_what_it_says():
+    found = runpy.run_path(str(ROOT / "tutorials" / "02_why_natural_gradients.py"))
+    exact, inside = found["exact"], found["inside"]
+    assert exact[~inside].abs().max() < 1e-14
+    assert (exact - found["sampled"]).abs().max() < 0.03
+    zero_one, plus_minus = found["zero_one"], found["plus_minus"]
+    torch.testing.assert_close(zero_one["natural"], plus_minus["natural"], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(zero_one["gradient"], plus_minus["gradient"], rtol=0.1)
+
+
+def test_readme_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert blocks
+    names: dict = {}
+    for block in blocks:  # in order, as a reader would type them
+        exec(compile(block, "README.md", "exec"), names)
+    assert "affine" in capsys.readouterr().out
+
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
