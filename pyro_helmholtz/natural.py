@@ -37,7 +37,9 @@ class NaturalRWS(HelmholtzSVI):
         damping: α > 0, or a schedule ``fn(step) -> α``.
         fisher: "unit" (exact blocks), "diagonal" or "kronecker".
         fisher_samples: "lagged" (the previous minibatch), "average" (several), "same" (the
-            present one, for comparison) or "dream" (the model's blocks from dreams).
+            present one, for comparison) or "dream" (the model's blocks from dreams). None is
+            "average" for the Kronecker form, whose running means cost nothing more, and
+            "lagged" for the others.
         refresh_every: take in a minibatch every so many steps (the thesis's K-step).
         tolerance: relative error of iterative solves.
         kl_clip: largest ``½ xᵀFx``, a bound on the divergence of a step of rate one; the
@@ -57,7 +59,7 @@ class NaturalRWS(HelmholtzSVI):
         damping: Schedule = 0.2,
         fisher: str = "kronecker",
         refresh_every: int = 1,
-        fisher_samples: str = "average",
+        fisher_samples: str | None = None,
         sleep_weight: float = 0.5,
         sleep_steps: int = 1,
         sleep_scale: float = 1.0,
@@ -85,6 +87,8 @@ class NaturalRWS(HelmholtzSVI):
         if not tolerance > 0:
             raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
         self.damping, self.refresh_every, self.kl_clip = damping, refresh_every, kl_clip
+        if fisher_samples is None:
+            fisher_samples = "average" if fisher == "kronecker" else "lagged"
         self.memory = Memory(fisher, fisher_samples, tolerance=tolerance)
         self._steps = 0
         self._fresh: list[Block] | None = None

@@ -97,6 +97,7 @@ class HelmholtzELBO(ELBO):
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=True,
         )
+        self.max_plate_nesting = max_plate_nesting  # the host's counts the particles too
         self.dream_args = dream_args
         self._programs: Programs | None = None
 

@@ -1,0 +1,149 @@
+"""The options of NaturalRWS."""
+
+import pyro
+import pytest
+import torch
+
+from pyro_helmholtz import NaturalRWS
+
+from .programs import SBN, snapshot
+
+FORMS = ["unit", "diagonal", "kronecker"]
+SAMPLES = ["lagged", "average", "same", "dream"]
+
+
+def data(dtype=torch.float64):
+    rows = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=dtype)
+    return rows.repeat(8, 1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+def natural(sbn, rate=0.1, **options):
+    options.setdefault("num_particles", 6)
+    return NaturalRWS(sbn.model, sbn.guide, pyro.optim.SGD({"lr": rate}), **options)
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_and_every_sample_learns(form, samples):
+    sbn, x = SBN(), data()
+    svi = natural(sbn, fisher=form, fisher_samples=samples)
+    before = float(sbn.log_likelihood(x).mean().detach())
+    for _ in range(40):
+        svi.step(x)
+    assert float(sbn.log_likelihood(x).mean().detach()) > before + 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", FORMS)
+def test_dtypes(form, dtype):
+    sbn, x = SBN(dtype), data(dtype)
+    svi = natural(sbn, fisher=form)
+    for _ in range(2):
+        svi.step(x)
+    assert all(v.dtype == dtype for v in svi.directions(x).natural.values())
+    assert all(v.dtype == dtype and bool(v.isfinite().all()) for v in snapshot().values())
+
+
+def test_damping_schedule():
+    sbn, x, seen = SBN(), data(), []
+
+    def schedule(step):
+        seen.append(step)
+        return 0.5 / (1 + step)
+
+    svi = natural(sbn, damping=schedule)
+    for _ in range(3):
+        svi.step(x)
+    assert seen == [0, 1, 2]
+    assert svi.directions(x).fisher.damping == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_much_damping_gives_the_gradient(form):
+    sbn, x = SBN(), data()
+    svi = natural(sbn, fisher=form, damping=1e9)
+    svi.step(x)
+    found = svi.directions(x)
+    for name, g in found.gradient.items():
+        torch.testing.assert_close(found.natural[name], g, rtol=1e-6, atol=1e-9)
+
+
+def divergence(found):
+    total = 0.0
+    for block in found.fisher.blocks:
+        v = block.gather(found.natural)
+        total += 0.5 * float((v * block.matvec(v)).sum())
+    return total
+
+
+def test_kl_clip_bounds_the_step():
+    sbn, x = SBN(), data()
+    kinds = {}
+    for clip in (None, 1e-3, 1e6):
+        svi = natural(sbn, fisher="unit", damping=0.01, kl_clip=clip, fisher_samples="same")
+        pyro.set_rng_seed(1)
+        kinds[clip] = svi.directions(x)
+    assert divergence(kinds[None]) > 2e-3
+    assert divergence(kinds[1e-3]) == pytest.approx(1e-3, rel=0.05)
+    for name, free in kinds[None].natural.items():
+        assert torch.equal(kinds[1e6].natural[name], free)
+        ratio = kinds[1e-3].natural[name].norm() / free.norm()
+        assert 0 < float(ratio) < 1
+
+
+def test_refresh_every():
+    sbn, x = SBN(), data()
+    svi = natural(sbn, fisher="unit", fisher_samples="lagged", refresh_every=3)
+    taken = []
+    for _ in range(7):
+        svi.step(x)
+        taken.append(id(svi.memory.batches[-1]))
+    changes = [i for i in range(1, 7) if taken[i] != taken[i - 1]]
+    assert changes == [3, 6]
+
+
+def test_directions_update_nothing():
+    sbn, x = SBN(), data()
+    svi = natural(sbn)
+    svi.step(x)
+    before = snapshot()
+    svi.directions(x)
+    svi.evaluate_loss(x)
+    svi.structure(x)
+    assert all(torch.equal(v, before[k]) for k, v in snapshot().items())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_structure_prints(form):
+    sbn, x = SBN(), data()
+    structure = natural(sbn, fisher=form).structure(x)
+    text = str(structure)
+    for word in ("parameters", "fan-in", "down$$$p1.weight", "up$$$q2.bias", "h1", "exact"):
+        assert word in text
+    assert {p for row in structure for p in row.params} == set(snapshot())
+    rows = {row.params: row for row in structure}
+    row = next(r for p, r in rows.items() if "down$$$p1.weight" in p)
+    assert (row.units, row.fan_in, row.site, row.exact) == (3, 3, "x", True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sleep_options(form):
+    sbn, x = SBN(), data()
+    svi = natural(sbn, fisher=form, sleep_steps=3, sleep_scale=2.0, sleep_weight=0.3)
+    for _ in range(3):
+        assert svi.step(x) > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_sleep_and_a_changing_batch_size(form):
+    sbn, x = SBN(), data()
+    svi = natural(sbn, fisher=form, sleep_weight=0.0)
+    for n in (16, 5, 1, 16):
+        svi.step(x[:n])
+    assert all(bool(v.isfinite().all()) for v in snapshot().values())
