@@ -120,7 +120,7 @@ def check_observations(trace: poutine.Trace) -> None:
             raise ValueError(
                 f"observed site {name!r} got an empty batch of shape {tuple(value.shape)}."
             )
-        if value.is_floating_point() and bool(torch.isnan(value.sum())):
+        if value.is_floating_point() and bool(torch.isnan(value).any()):
             raise ValueError(
                 f"observed site {name!r} has {int(torch.isnan(value).sum())} NaN values in its "
                 "data. Put a finite placeholder there and mask the entries (poutine.mask)."

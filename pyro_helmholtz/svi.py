@@ -100,7 +100,8 @@ class HelmholtzSVI:
 
         Raises:
             ValueError: a program or data that cannot be trained so, naming the site.
-            FloatingPointError: a loss or direction that is not finite; nothing has changed.
+            FloatingPointError: a loss or direction that is not finite; nothing has changed,
+                or with ``sleep_steps`` above 1 nothing since the last update that was finite.
         """
         self._resume(args, kwargs)
         loss, leaves, directions = self._update(args, kwargs)
@@ -128,19 +129,23 @@ class HelmholtzSVI:
         dream = self.programs.dream(args, kwargs)
         leaves = parameters(dream.guide)
         surrogate = score(dream.guide, dream.layout, None, observed=False)
-        direction = self._precondition(gradient(surrogate, leaves))
+        scaled = self.estimator.sleep_scale * surrogate
+        direction = self._precondition(gradient(scaled, leaves))
         self._check_finite(0.0, direction)
         self._apply(leaves, direction)
 
     def _check_finite(self, loss: float, direction: Mapping[str, Tensor]) -> None:
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}; no parameter was changed.")
+            raise FloatingPointError(
+                f"the loss is {loss}; no parameter was changed by this update."
+            )
         total = sum(x.sum() for x in direction.values())
         if torch.is_tensor(total) and not bool(torch.isfinite(total)):
             bad = [n for n, x in direction.items() if not bool(torch.isfinite(x).all())]
             if bad:
                 raise FloatingPointError(
-                    f"the direction of {bad[0]!r} is not finite; no parameter was changed."
+                    f"the direction of {bad[0]!r} is not finite; "
+                    "no parameter was changed by this update."
                 )
 
     def _apply(self, leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> None:

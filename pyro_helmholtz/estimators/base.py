@@ -101,6 +101,8 @@ class HelmholtzELBO(ELBO):
         self.dream_args = dream_args
         self._programs: Programs | None = None
 
+    sleep_scale = 1.0
+
     def programs(self, model: Callable, guide: Callable) -> Programs:
         """The programs with this estimator's options, remembered between calls."""
         known = self._programs

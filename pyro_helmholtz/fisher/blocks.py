@@ -321,7 +321,10 @@ class MatrixFreeBlock:
 
     def method(self) -> str:
         """The solver's name, for the structure report."""
-        return f"matrix-free conjugate gradients to {self.tolerance:g}"
+        return (
+            f"matrix-free conjugate gradients to {self.tolerance:g}, "
+            f"at most {self.max_iterations} products"
+        )
 
     def gather(self, tensors: Tensors) -> Tensor:
         """Parameters' tensors by name as (1, size)."""

@@ -147,3 +147,36 @@ def test_no_sleep_and_a_changing_batch_size(form):
     for n in (16, 5, 1, 16):
         svi.step(x[:n])
     assert all(bool(v.isfinite().all()) for v in snapshot().values())
+
+
+def test_extra_sleep_steps_carry_the_sleep_scale() -> None:
+    """With scale 0 the extra sleep updates leave the guide where the first update put it."""
+    import pyro
+    import torch
+
+    import pyro_helmholtz as ph
+
+    def after(sleep_steps: int, sleep_scale: float) -> torch.Tensor:
+        pyro.clear_param_store()
+        torch.manual_seed(3)
+        x = torch.bernoulli(torch.full((6, 3), 0.4))
+
+        def model(x: torch.Tensor) -> None:
+            w = pyro.param("w", torch.ones(2, 3))
+            with pyro.plate("data", len(x)):
+                prior = pyro.distributions.Bernoulli(logits=torch.zeros(2)).to_event(1)
+                h = pyro.sample("h", prior)
+                visible = pyro.distributions.Bernoulli(logits=h @ w).to_event(1)
+                pyro.sample("x", visible, obs=x)
+
+        def guide(x: torch.Tensor) -> None:
+            v = pyro.param("v", torch.zeros(3, 2))
+            with pyro.plate("data", len(x)):
+                pyro.sample("h", pyro.distributions.Bernoulli(logits=x @ v).to_event(1))
+
+        svi = ph.RWS(model, guide, sleep_steps=sleep_steps, sleep_scale=sleep_scale)
+        svi.step(x)
+        return pyro.param("v").detach().clone()
+
+    assert torch.equal(after(4, 0.0), after(1, 0.0))
+    assert not torch.equal(after(4, 1.0), after(1, 1.0))
