@@ -164,7 +164,6 @@ class HelmholtzSVI:
     def directions(self, *args: Any, **kwargs: Any) -> Directions:
         """The directions that a step would take on these data; updates nothing."""
         self._resume(args, kwargs)
-        self._resume(args, kwargs)
         done = self.estimator.run(self.programs, args, kwargs)
         direction = gradient(done.surrogate, done.leaves())
         return Directions(direction, direction, None, float(done.loss))
@@ -196,6 +195,7 @@ class HelmholtzSVI:
         """
         if not isinstance(state, dict) or "parameters" not in state:
             raise ValueError("load_state_dict needs what state_dict returned.")
+        _fill(state["parameters"], pyro.get_param_store()._params)
         self._pending = state
         self.programs.max_plate_nesting = state["max_plate_nesting"]
         self.optim.optim_objs.clear()

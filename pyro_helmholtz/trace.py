@@ -41,11 +41,15 @@ class _Detached(Messenger):
     """Make every sample a constant; enter it outside ``poutine.trace``."""
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if torch.is_tensor(msg["value"]) and msg["value"].requires_grad and not is_param_like(msg):
+        if (
+            torch.is_tensor(msg["value"])
+            and msg["value"].requires_grad
+            and not _is_deterministic(msg)
+        ):
             msg["value"] = msg["value"].detach()
 
 
-def is_param_like(msg: Any) -> bool:
+def _is_deterministic(msg: Any) -> bool:
     """A deterministic site is a function of its parents, not a sample."""
     return bool(msg["infer"].get("_deterministic"))
 
@@ -58,7 +62,11 @@ class _Dreaming(Messenger):
         self.observed: dict[str, torch.Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] or is_param_like(msg) or type(msg["fn"]).__name__ == "_Subsample":
+        if (
+            not msg["is_observed"]
+            or _is_deterministic(msg)
+            or type(msg["fn"]).__name__ == "_Subsample"
+        ):
             return
         if isinstance(msg["fn"], pyro.distributions.Unit):
             raise ValueError(
@@ -232,9 +240,9 @@ class Wake:
             total = total.to(per_datum) + (self.layout.common_scale * per_datum).sum()
         return total
 
-    def weights(self, exponent: float = 1.0) -> dict[tuple, torch.Tensor]:
+    def weights(self) -> dict[tuple, torch.Tensor]:
         """Normalised weights per turn, shape (K, data dimensions...); sum over particles is 1."""
-        return {key: (exponent * log_w).softmax(0) for key, log_w in self.per_turn.items()}
+        return {key: log_w.softmax(0) for key, log_w in self.per_turn.items()}
 
     def uniform(self) -> dict[tuple, torch.Tensor]:
         """The weights 1/K of plain wake-sleep and of the guide's Fisher matrix."""

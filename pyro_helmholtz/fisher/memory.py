@@ -68,14 +68,14 @@ class Statistics:
         mean, scales = block.mean_block(), block.unit_scales()
         return cls(mean, scales, EigenBasis.of(mean / mean_scale(scales)))
 
-    def update(self, block: UnitBlock, decay: float, *, renew: bool) -> None:
-        """Take in a batch; the eigenbasis is renewed on a schedule or when ``renew`` is set."""
+    def update(self, block: UnitBlock, decay: float) -> None:
+        """Take in a batch; the mean and its eigenbasis are renewed on a schedule."""
         keep = min(decay, self.updates / (self.updates + 1))
         self.scales = self.scales.lerp(block.unit_scales(), 1 - keep)
         self.updates += 1
-        if renew or self.updates < 16 or self.updates % 4 == 0:
+        if self.updates < 16 or self.updates % 4 == 0:
             self.mean = self.mean.lerp(block.mean_block(), 1 - keep)
-        if renew or self._due():
+        if self._due():
             self.basis = EigenBasis.of(self.mean / mean_scale(self.scales))
 
     def _due(self) -> bool:
@@ -136,7 +136,7 @@ class Memory:
         if known is None or fresh or known.mean.shape[0] != block.fan_in:
             self.statistics[block.key] = Statistics.of(block)
         else:
-            known.update(block, self.decay, renew=False)
+            known.update(block, self.decay)
 
     def fisher(self, current: list[Block], damping: float) -> Fisher:
         """The matrix for a step whose own batch gave ``current``."""

@@ -302,6 +302,13 @@ def test_load_state_dict_refuses_another_shape():
     svi.step(X)
     state = svi.state_dict()
     state["parameters"]["theta"] = torch.zeros(5)
-    svi.load_state_dict(state)
+    before = pyro.param("theta").detach().clone()
     with pytest.raises(ValueError, match="parameter 'theta' has shape"):
-        svi.step(X)
+        svi.load_state_dict(state)
+    assert torch.equal(pyro.param("theta"), before)
+    svi.step(X)  # a refused state leaves the front end usable
+    pyro.clear_param_store()
+    fresh = RWS(model, guide, num_particles=2)
+    fresh.load_state_dict(state)  # no parameter exists yet, so the next step finds out
+    with pytest.raises(ValueError, match="parameter 'theta' has shape"):
+        fresh.step(X)

@@ -164,3 +164,29 @@ def test_loss_and_directions_after_loading(front):
         assert fresh.state_dict()["parameters"].keys() == state["parameters"].keys()
         result = getattr(fresh, call)(X)
         assert (result if call == "evaluate_loss" else result.loss) == expected
+
+
+def test_a_loaded_state_is_in_the_store_at_once() -> None:
+    """What is measured right after loading is the saved model, not the one trained since."""
+
+    def model(x: torch.Tensor) -> None:
+        w = pyro.param("w", torch.zeros(2, 3))
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=h @ w).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        v = pyro.param("v", torch.zeros(3, 2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=x @ v).to_event(1))
+
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    x = torch.bernoulli(torch.full((6, 3), 0.4))
+    svi = RWS(model, guide)
+    svi.step(x)
+    state, saved = svi.state_dict(), pyro.param("w").detach().clone()
+    svi.step(x)
+    assert not torch.equal(pyro.param("w"), saved)
+    svi.load_state_dict(state)
+    assert torch.equal(pyro.param("w"), saved)
