@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .fisher.blocks import Block, MatrixFreeBlock
+from .fisher.blocks import Block
+from .fisher.matrix_free import MatrixFreeBlock
 
 
 @dataclass(frozen=True)

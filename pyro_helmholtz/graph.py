@@ -91,29 +91,21 @@ def _depends(node: Node, leaves: Mapping[int, str]) -> bool:
     return any(key in leaves for key in leaves_below((node, 0)))
 
 
-def signature(node: Node) -> tuple:
-    """What fixes a node's index map: its name, shapes and every saved non-tensor."""
-    name = node.name()
-    if name not in _SAVED_NAMES:
-        _SAVED_NAMES[name] = tuple(
-            attribute
-            for attribute in dir(node)
-            if attribute.startswith("_saved_") and attribute not in _SAVED_TENSORS
-        )
-    saved = tuple(
-        str(value)
-        for attribute in _SAVED_NAMES[name]
-        for value in (getattr(node, attribute),)
-        if not torch.is_tensor(value)
-    )
-    return (name, tuple(tuple(m.shape) for m in node._input_metadata), saved)
+def normalises(node: Node) -> bool:
+    """Whether a node is ``a - logsumexp(a, -1)``, as torch makes it of logits."""
+    if kind(node) != "Sub":
+        return False
+    first, second = (child for child, _ in node.next_functions)
+    if first is None or second is None or kind(second) != "Logsumexp":
+        return False
+    last = len(shape_of(node)) - 1
+    dims = [signed(d) for d in second._saved_dim]
+    return second.next_functions[0][0] is first and dims in ([-1], [last])
 
 
-_SAVED_NAMES: dict[str, tuple[str, ...]] = {}
-_SAVED_TENSORS = frozenset(
-    f"_saved_{name}"
-    for name in "self other result mat1 mat2 input weight vec vec1 vec2 batch1 batch2".split()
-)
+def signed(saved: int) -> int:
+    """A dimension as autograd saves it, unsigned, as the number that it is."""
+    return int(saved) - (1 << 64 if int(saved) >= 1 << 63 else 0)
 
 
 @dataclass(frozen=True)
@@ -132,6 +124,10 @@ class Link:
     shape: torch.Size
     elementwise: bool = False
     special: Callable[[Tensor], Tensor] | None = None
+
+    def remap(self, f: Callable[[Any], Any]) -> Link:
+        """The same link over another node."""
+        return Link(f(self.node), self.nr, self.slot, self.shape, self.elementwise, self.special)
 
     def back(self, value: Tensor) -> Tensor:
         """The layout's backward map: rearrange, and sum over broadcast dimensions."""
@@ -158,6 +154,11 @@ class Link:
 
 
 Chain = tuple[Link, ...]
+
+
+def remap(chain: Chain, f: Callable[[Any], Any]) -> Chain:
+    """The same chain over other nodes."""
+    return tuple(link.remap(f) for link in chain)
 
 
 def pull(chain: Chain, coefficient: Tensor) -> Tensor:

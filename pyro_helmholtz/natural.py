@@ -17,12 +17,14 @@ from torch import Tensor
 from .diagnostics import Structure, describe
 from .estimators.base import Pass
 from .estimators.reweighted import RWS_ELBO
+from .finder import Finder
 from .fisher.assemble import Source, assemble
 from .fisher.blocks import Block
 from .fisher.evidence import entries
 from .fisher.memory import Fisher, Memory
+from .layout import Layout
+from .recipe import Recipe
 from .svi import Directions, HelmholtzSVI, gradient, sgd
-from .trace import Layout, Recipe
 
 Schedule = float | Callable[[int], float]
 
@@ -90,6 +92,7 @@ class NaturalRWS(HelmholtzSVI):
         if fisher_samples is None:
             fisher_samples = "average" if fisher == "kronecker" else "lagged"
         self.memory = Memory(fisher, fisher_samples, tolerance=tolerance)
+        self._finder = Finder()
         self._steps = 0
         self._fresh: list[Block] | None = None
         self._fisher: Fisher | None = None
@@ -147,12 +150,13 @@ class NaturalRWS(HelmholtzSVI):
     ) -> list[Block]:
         """The blocks of this batch; run before the backward pass frees the graph."""
         wake = done.wake
-        by_id = {id(leaf): name for name, leaf in leaves.items()}
+        self._finder.start({id(leaf): name for name, leaf in leaves.items()})
 
         def source(program: str, trace: Any, weights: Any, layout: Layout, dreamt: bool) -> Source:
             recipe = Recipe.of(program, trace, args, kwargs, weights, layout, dreamt=dreamt)
             return Source(
-                list(entries(trace, weights, layout, by_id, observed=program == "model")), recipe
+                list(entries(trace, weights, layout, self._finder, observed=program == "model")),
+                recipe,
             )
 
         if self.memory.samples == "dream":
@@ -162,7 +166,7 @@ class NaturalRWS(HelmholtzSVI):
             model = source("model", wake.model, wake.weights(), wake.layout, False)
         guide = source("guide", wake.guide, wake.uniform(), wake.layout, False)
         with torch.no_grad():
-            return assemble([model, guide], leaves, self.programs)
+            return assemble([model, guide], leaves, self.programs, self._finder)
 
     def directions(self, *args: Any, **kwargs: Any) -> Directions:
         """The gradient, the natural direction and the operator between them.

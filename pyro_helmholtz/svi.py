@@ -21,6 +21,7 @@ from .estimators.base import HelmholtzELBO, Pass, score
 from .estimators.reweighted import RWS_ELBO
 from .estimators.wake_sleep import WakeSleep_ELBO
 from .fisher.memory import Fisher
+from .optimise import JointStep
 from .trace import Programs, parameters
 
 DEFAULT_LEARNING_RATE = 0.05
@@ -81,6 +82,7 @@ class HelmholtzSVI:
             raise ValueError(f"sleep_steps must be an int of at least 1, got {sleep_steps!r}.")
         self.model, self.guide, self.optim, self.estimator = model, guide, optim, estimator
         self.sleep_steps = sleep_steps
+        self._joint_step = JointStep()
         self._pending: dict[str, Any] | None = None
 
     def default_optimiser(self) -> PyroOptim:
@@ -152,7 +154,7 @@ class HelmholtzSVI:
         """Write minus the direction into the gradients and call the optimiser."""
         for name, leaf in leaves.items():
             leaf.grad = -direction[name].reshape(leaf.shape)
-        self.optim(list(leaves.values()))
+        self._joint_step(self.optim, list(leaves.values()))
         for leaf in leaves.values():
             leaf.grad = None
 

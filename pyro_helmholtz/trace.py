@@ -21,7 +21,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 
 from .checks import (
     PARTICLES,
@@ -32,52 +31,9 @@ from .checks import (
     check_sites,
     is_stochastic,
 )
+from .layout import Layout, Site
+from .messengers import Detached, Dreaming
 from .pairing import pair_dreams
-
-Site = Any
-
-
-class _Detached(Messenger):
-    """Make every sample a constant; enter it outside ``poutine.trace``."""
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if (
-            torch.is_tensor(msg["value"])
-            and msg["value"].requires_grad
-            and not _is_deterministic(msg)
-        ):
-            msg["value"] = msg["value"].detach()
-
-
-def _is_deterministic(msg: Any) -> bool:
-    """A deterministic site is a function of its parents, not a sample."""
-    return bool(msg["infer"].get("_deterministic"))
-
-
-class _Dreaming(Messenger):
-    """Turn observed sites into sampled ones, and remember what was observed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.observed: dict[str, torch.Tensor] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if (
-            not msg["is_observed"]
-            or _is_deterministic(msg)
-            or type(msg["fn"]).__name__ == "_Subsample"
-        ):
-            return
-        if isinstance(msg["fn"], pyro.distributions.Unit):
-            raise ValueError(
-                f"site {msg['name']!r} is a pyro.factor: a program with factors cannot dream, "
-                "so it has no sleep phase. Use RWS with sleep_weight=0, or write the factor as "
-                "an observed sample site."
-            )
-        self.observed[msg["name"]] = msg["value"]
-        msg["is_observed"] = False
-        msg["value"] = None
-        msg["done"] = False
 
 
 def stochastic_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
@@ -118,76 +74,6 @@ def guess_max_plate_nesting(
         if frame.dim is not None
     ]
     return max(dims, default=0)
-
-
-@dataclass
-class Layout:
-    """Which plates separate the data, and how many data there are.
-
-    Attributes:
-        shared: dimension of each vectorised plate that all sites share.
-        sequential: names of the sequential plates that all sites share.
-        ndim: number of batch dimensions, particles included.
-        num_data: sum of the data's scales (the divisor of every direction).
-        common_scale: the scale that the bound of a datum carries.
-    """
-
-    shared: tuple[int, ...]
-    sequential: tuple[str, ...]
-    ndim: int
-    num_data: float
-    common_scale: Any
-
-    @classmethod
-    def of(cls, sites: list[Site], max_plate_nesting: int) -> Layout:
-        """Of the sites of one program."""
-        stacks = [
-            {f.name: f for f in site["cond_indep_stack"] if f.name != PARTICLES} for site in sites
-        ]
-        names = set.intersection(*map(set, stacks)) if stacks else set()
-        plated = [set(stack) for stack in stacks if stack]
-        data_plates = set.intersection(*plated) if plated else set()
-        frames = {name: frame for stack in stacks for name, frame in stack.items()}
-        shared = tuple(sorted(frames[n].dim for n in names if frames[n].vectorized))
-        sequential = tuple(sorted(n for n in names if not frames[n].vectorized))
-
-        scales = [site["scale"] for site in sites]
-        full = math.prod(float(frames[n].full_size or frames[n].size) for n in data_plates)
-        subsample = math.prod(
-            (frames[n].full_size or frames[n].size) / frames[n].size for n in names
-        )
-        common = scales[0] if scales and _all_equal(scales) else subsample
-        if names == data_plates and names:
-            ratio = common / subsample
-            full = full * float(ratio.mean() if torch.is_tensor(ratio) else ratio)
-        return cls(shared, sequential, max_plate_nesting + 1, max(full, 1e-30), common)
-
-    def key(self, site: Site) -> tuple:
-        """Which turn of the shared sequential plates a site belongs to."""
-        counters = {f.name: f.counter for f in site["cond_indep_stack"]}
-        return tuple(counters[name] for name in self.sequential)
-
-    def reduce(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum a batch-shaped tensor to one number per particle and datum."""
-        value = value.reshape((1,) * (self.ndim - value.ndim) + value.shape)
-        keep = {self.ndim + dim for dim in self.shared} | {0}
-        drop = [d for d in range(self.ndim) if d not in keep]
-        return value.sum(drop, keepdim=True) if drop else value
-
-
-def _all_equal(scales: list[Any]) -> bool:
-    first = scales[0]
-    for other in scales[1:]:
-        if other is first:
-            continue
-        if torch.is_tensor(first) or torch.is_tensor(other):
-            if not (
-                torch.is_tensor(first) and torch.is_tensor(other) and torch.equal(first, other)
-            ):
-                return False
-        elif abs(first - other) > 1e-9 * abs(first):
-            return False
-    return True
 
 
 def site_log_prob(site: Site) -> torch.Tensor:
@@ -302,7 +188,7 @@ class Programs:
     @contextmanager
     def particles(self, nesting: int) -> Iterator[None]:
         """Run programs with K particles in the leftmost dimension."""
-        with _Detached(), pyro.plate(PARTICLES, self.num_particles, dim=-1 - nesting):
+        with Detached(), pyro.plate(PARTICLES, self.num_particles, dim=-1 - nesting):
             yield
 
     def wake(
@@ -357,9 +243,9 @@ class Programs:
         model = self.model
         if subsample is not None:
             model = poutine.replay(model, trace=_only_subsamples(subsample))
-        dreaming = _Dreaming()
+        dreaming = Dreaming()
         validation = self._validation("dream")
-        with validation, torch.set_grad_enabled(with_grad), _Detached(), dreaming:
+        with validation, torch.set_grad_enabled(with_grad), Detached(), dreaming:
             model_trace = poutine.trace(model).get_trace(*args, **kwargs)
         check_sites(model_trace, "model")
         dreams: dict[str, Any] = {
@@ -368,7 +254,7 @@ class Programs:
         args, kwargs, unread = pair_dreams(
             dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
         )
-        with self._validation("dream"), _Detached():
+        with self._validation("dream"), Detached():
             guide_trace = poutine.trace(poutine.replay(self.guide, trace=model_trace)).get_trace(
                 *args, **kwargs
             )
@@ -377,55 +263,6 @@ class Programs:
         sites = [site for _, site in stochastic_sites(model_trace)]
         self._validated.add("dream")
         return Dream(model_trace, guide_trace, args, kwargs, Layout.of(sites, nesting))
-
-
-@dataclass
-class Recipe:
-    """How to run one program again on the samples of an earlier trace.
-
-    Attributes:
-        program: "model" or "guide". args, kwargs: its arguments. values: of every sample.
-        weights: of the particles, see ``Wake.weights``; None for dreams. layout: plates.
-        observed: whether observed sites count. dreamt: the observed sites were dreamt too.
-    """
-
-    program: str
-    args: tuple
-    kwargs: dict[str, Any]
-    values: dict[str, Any]
-    weights: dict[tuple, torch.Tensor] | None
-    layout: Layout
-    observed: bool
-    dreamt: bool = False
-
-    @classmethod
-    def of(cls, program: str, trace: poutine.Trace, *rest: Any, dreamt: bool = False) -> Recipe:
-        """Take the sampled values of a trace; ``rest`` is (args, kwargs, weights, layout)."""
-        args, kwargs, weights, layout = rest
-        values = {
-            name: site["value"]
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample" and not site["is_observed"]
-        }
-        return cls(program, args, kwargs, values, weights, layout, program == "model", dreamt)
-
-    def run(self, programs: Programs) -> poutine.Trace:
-        """Run the program with the values replayed, at the present parameters."""
-        samples = poutine.Trace()
-        for name, value in self.values.items():
-            samples.add_node(
-                name, name=name, type="sample", is_observed=False, value=value, infer={}
-            )
-        fn = programs.model if self.program == "model" else programs.guide
-        if self.dreamt:
-            with _Detached():
-                return poutine.trace(poutine.replay(_Dreaming()(fn), trace=samples)).get_trace(
-                    *self.args, **self.kwargs
-                )
-        with programs.particles(self.layout.ndim - 1):
-            return poutine.trace(poutine.replay(fn, trace=samples)).get_trace(
-                *self.args, **self.kwargs
-            )
 
 
 def _only_subsamples(trace: poutine.Trace) -> poutine.Trace:

@@ -16,7 +16,8 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ..trace import Dream, Layout, Programs, Wake, parameters, site_log_prob, stochastic_sites
+from ..layout import Layout
+from ..trace import Dream, Programs, Wake, parameters, site_log_prob, stochastic_sites
 
 
 @dataclass

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .. import graph, layers
-from ..layers import Application, Opaque, Root
-from ..trace import Programs, Recipe
-from .blocks import Block, Component, MatrixFreeBlock, Part, UnitBlock
+from .. import graph
+from ..columns import Opaque
+from ..finder import Finder
+from ..layers import Application, Root
+from ..recipe import Recipe
+from ..trace import Programs
+from .blocks import Block, Component, Part, UnitBlock
 from .evidence import Entry
+from .matrix_free import MatrixFreeBlock
 
 
 @dataclass
@@ -20,13 +25,12 @@ class Found:
     """One entry with how parameters enter it.
 
     Attributes:
-        entry: the information. applications: per argument, or None (opaque or constant).
-        leaves: names of all parameters that enter. reason: why it is opaque, or empty.
+        entry: the information. applications: per argument, none where it is opaque.
+        reason: why it is opaque, or empty.
     """
 
     entry: Entry
-    applications: list[Application | None]
-    leaves: list[str]
+    applications: list[Application]
     reason: str = ""
 
 
@@ -44,21 +48,17 @@ class _Group:
     names: set[str] = field(default_factory=set)
 
 
-def find(entry: Entry, leaves: Mapping[int, str], roots: dict[tuple, Root]) -> Found:
+def find(entry: Entry, finder: Finder, roots: dict[tuple, Root]) -> Found:
     """How parameters enter an entry; roots met before are used again."""
-    names = entry.leaves
+    applications = []
     try:
-        applications = []
-        for argument in entry.arguments:
-            application = layers.find(argument, leaves, shifts=_ignores_shifts(entry))
-            if application is not None:
-                application.root = roots.setdefault(application.root.key, application.root)
+        for key, use in entry.taken:
+            application = finder.apply(key, use, partial(_ignores_shifts, entry))
+            application.root = roots.setdefault(application.root.key, application.root)
             applications.append(application)
     except Opaque as reason:
-        return Found(entry, [], names, str(reason))
-    if entry.form == "coupled" and any(a is None for a in applications):
-        return Found(entry, [], names, "coupled with an argument without parameters")
-    return Found(entry, applications, names)
+        return Found(entry, [], str(reason))
+    return Found(entry, applications)
 
 
 def _ignores_shifts(entry: Entry) -> bool:
@@ -71,25 +71,25 @@ def _ignores_shifts(entry: Entry) -> bool:
 
 
 def assemble(
-    sources: list[Source], tensors: Mapping[str, Tensor], programs: Programs
+    sources: list[Source], tensors: Mapping[str, Tensor], programs: Programs, finder: Finder
 ) -> list[Block]:
     """The blocks of the Fisher matrix on one batch.
 
     Args:
         sources: the model's and the guide's entries, graphs alive.
         tensors: the parameters' leaves by name. programs: to run them again.
+        finder: what the entries were made with.
 
     Returns:
         Blocks whose parameters are disjoint. Parameters that no information covers are in
         none: they keep their gradient, and the report says so.
     """
     groups: list[_Group] = []
-    leaves = {id(leaf): name for name, leaf in tensors.items()}
     for s, source in enumerate(sources):
         roots: dict[tuple, Root] = {}
         for e, entry in enumerate(source.entries):
-            found = find(entry, leaves, roots)
-            group = _Group([(s, e, found)], set(found.leaves))
+            found = find(entry, finder, roots)
+            group = _Group([(s, e, found)], set(entry.names))
             joined = [g for g in groups if g.names & group.names]
             for other in joined:
                 groups.remove(other)
@@ -109,15 +109,10 @@ def _block(
     reason = next((f.reason for _, _, f in group.found if f.reason), "")
     if not reason:
         try:
-            return _unit_block(group, tensors)
+            return _unit_block(group)
         except Opaque as error:
             reason = str(error)
     return _matrix_free(group, sources, tensors, programs, reason)
-
-
-def _names(root: Root, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    of = {id(leaf): name for name, leaf in tensors.items()}
-    return tuple(of[id(leaf)] for leaf in root.leaves)
 
 
 def _summary(group: _Group) -> tuple[list[str], bool, str]:
@@ -128,45 +123,41 @@ def _summary(group: _Group) -> tuple[list[str], bool, str]:
     return sites, not inexact, how
 
 
-def _unit_block(group: _Group, tensors: Mapping[str, Tensor]) -> UnitBlock:
+def _unit_block(group: _Group) -> UnitBlock:
     forms = {f.entry.form for _, _, f in group.found}
     if forms == {"scalar"}:
-        components, parts, kind = _scalar_parts(group, tensors)
+        components, parts, kind = _scalar_parts(group)
     elif len(forms) == 1:
-        components, parts, kind = _vector_parts(group, tensors)
+        components, parts, kind = _vector_parts(group)
     else:
         raise Opaque("shared between scalar and coupled arguments")
     sites, exact, how = _summary(group)
     return UnitBlock(sites, kind, components, parts, exact, how)
 
 
-def _scalar_parts(
-    group: _Group, tensors: Mapping[str, Tensor]
-) -> tuple[list[Component], list[Part], str]:
+def _scalar_parts(group: _Group) -> tuple[list[Component], list[Part], str]:
     """Rows of all roots one below the other; arguments over one root add up."""
     roots: dict[int, Root] = {}
     coefficients: dict[int, Tensor] = {}
     for _, _, found in group.found:
         application = found.applications[0]
-        assert application is not None
         value = graph.pull(application.chain, found.entry.information)
         key = id(application.root)
         roots[key] = application.root
         coefficients[key] = coefficients[key] + value if key in coefficients else value
-    first = next(iter(roots.values()))
-    names = _names(first, tensors)
-    for root in roots.values():
-        if _names(root, tensors) != names or not _same_columns(root, first):
+    first, *others = roots.values()
+    for root in others:
+        if root.names != first.names or not _same_columns(root, first):
             raise Opaque("parameters are shared between unlike layers")
     parts = [
         Part(root.features(), root.coefficient(coefficients[key])) for key, root in roots.items()
     ]
     kind = first.what if len(roots) == 1 else f"{first.what}, shared by {len(roots)}"
-    return [Component(list(names), list(first.columns))], parts, kind
+    return [Component(first.names, first.plan.columns)], parts, kind
 
 
 def _same_columns(one: Root, other: Root) -> bool:
-    for a, b in zip(one.columns, other.columns, strict=True):
+    for a, b in zip(one.plan.columns, other.plan.columns, strict=True):
         if a.transposed != b.transposed or (a.index is None) != (b.index is None):
             return False
         if a.index is not None and b.index is not None and not torch.equal(a.index, b.index):
@@ -174,9 +165,7 @@ def _same_columns(one: Root, other: Root) -> bool:
     return True
 
 
-def _vector_parts(
-    group: _Group, tensors: Mapping[str, Tensor]
-) -> tuple[list[Component], list[Part], str]:
+def _vector_parts(group: _Group) -> tuple[list[Component], list[Part], str]:
     """Units that are vectors: one group of rows of the parameters for each."""
     if len(group.found) > 1:
         raise Opaque("coupled arguments share parameters with another site")
@@ -194,12 +183,12 @@ def _vector_parts(
     groups, which = torch.unique(units, dim=0, return_inverse=True)
     slopes = torch.stack([slope for *_, slope in pieces], 1)
     info = entry.information.reshape(-1, d, d) * slopes[:, :, None] * slopes[:, None, :]
-    size = first_root.num_rows * groups.shape[0]
+    size = first_root.plan.num_rows * groups.shape[0]
     q = torch.zeros(size, d, d, dtype=info.dtype, device=info.device)
     q.index_add_(0, rows * groups.shape[0] + which, info)
-    coefficients = q.reshape(first_root.num_rows, groups.shape[0], d, d)
+    coefficients = q.reshape(first_root.plan.num_rows, groups.shape[0], d, d)
     components = [
-        Component(list(_names(root, tensors)), list(root.columns), groups[:, i])
+        Component(root.names, root.plan.columns, groups[:, i])
         for i, (root, *_) in enumerate(pieces)
     ]
     taken = torch.cat([groups[:, i] for i in range(d)])
@@ -219,18 +208,16 @@ def _components(found: Found) -> list[tuple[Root, Tensor, Tensor, Tensor]]:
     pieces = []
     vector = found.entry.form == "vector"
     for argument, application in zip(found.entry.arguments, found.applications, strict=True):
-        assert application is not None
         root, chain, head = application.root, application.chain, torch.Size(argument.shape)
         element = graph.lift_index(chain, root.shape, head, argument.device)
         dtype = found.entry.information.dtype
         ones = torch.ones(root.shape, dtype=dtype, device=argument.device)
         slope = graph.lift(chain, ones, head, slopes=True) if chain else ones
-        assert root.row is not None and root.unit is not None
         columns = range(head[-1]) if vector else [None]
         for k in columns:
             index = (element if k is None else element[..., k]).reshape(-1)
             slopes = (slope if k is None else slope[..., k]).reshape(-1)
-            pieces.append((root, root.row[index], root.unit[index], slopes))
+            pieces.append((root, root.plan.row[index], root.plan.unit[index], slopes))
     return pieces
 
 

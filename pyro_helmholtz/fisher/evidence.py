@@ -7,16 +7,17 @@ the number of data, the mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from .. import graph
-from ..trace import Layout, site_log_prob, stochastic_sites
+from ..finder import Finder, Use
+from ..layout import Layout
+from ..trace import site_log_prob, stochastic_sites
 from .families import argument_names, constant_transforms, information, unwrap
 
 
@@ -25,28 +26,38 @@ class Entry:
     """Arguments of one site that inform together.
 
     Attributes:
-        site: name. arguments: one tensor, or several coupled ones, graph alive.
+        site: name. taken: per argument, the finder's key and the use of parameters in it.
         form: "scalar" (information in the argument's shape), "vector" (one more dimension
             than the argument), "coupled" (``(..., d, d)`` over d arguments), or "none": the
             parameters inform the site in a way that no information covers.
         information: weighted. exact: whether in closed form. how: where it comes from.
-        leaves: names of the parameters that enter.
+        loose: names of the parameters that enter elsewhere, for the form "none".
     """
 
     site: str
-    arguments: list[Tensor]
+    taken: list[tuple[Hashable, Use]]
     form: str
     information: Tensor
     exact: bool
     how: str
-    leaves: list[str]
+    loose: list[str] = field(default_factory=list)
+
+    @property
+    def arguments(self) -> list[Tensor]:
+        """The arguments, their graphs alive."""
+        return [use.argument for _, use in self.taken]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all parameters that enter."""
+        return list(dict.fromkeys([n for _, use in self.taken for n in use.names] + self.loose))
 
 
 def entries(
     trace: poutine.Trace,
     weights: Mapping[tuple, Tensor] | None,
     layout: Layout,
-    leaves: Mapping[int, str],
+    finder: Finder,
     *,
     observed: bool = True,
 ) -> Iterator[Entry]:
@@ -55,15 +66,16 @@ def entries(
     Args:
         trace: its graph alive. weights: per turn of the sequential plates, shape
             (K, data dimensions); None for 1. layout: of the model's trace.
-        leaves: id of each parameter's leaf to its name. observed: with observed sites.
+        finder: knows the parameters. observed: with observed sites.
     """
+    program = "model" if observed else "guide"
     for name, site in stochastic_sites(trace):
         if site["is_observed"] and not observed:
             continue
         base = unwrap(site["fn"])
         names = argument_names(base.fn)
-        below = {n: _names_below(getattr(base.fn, n), leaves) for n in names}
-        if not any(below.values()) and constant_transforms(base.transforms):
+        uses = {n: finder.use((program, name, n), getattr(base.fn, n)) for n in names}
+        if not any(use.names for use in uses.values()) and constant_transforms(base.transforms):
             continue
         weight = None if weights is None else weights[layout.key(site)]
         info, exact, how = information(base.fn)
@@ -72,38 +84,38 @@ def entries(
         for key, value in info.items():
             keys = [key] if isinstance(key, str) else list(key)
             covered |= set(keys)
-            touched = list(dict.fromkeys(n for k in keys for n in below[k]))
-            if not touched:
+            if not any(uses[k].names for k in keys):
                 continue
-            arguments = [getattr(base.fn, k) for k in keys]
-            if len(keys) > 1:
-                moving = [i for i, k in enumerate(keys) if below[k]]
-                arguments = [torch.broadcast_tensors(*arguments)[i] for i in moving]
-                value = value[..., moving, :][..., moving]
-                form = "coupled"
-                if len(moving) == 1:
-                    form, value = "scalar", value[..., 0, 0]
-            else:
-                form = "vector" if value.ndim == arguments[0].ndim + 1 else "scalar"
             assert element is not None
             weighted = value * element.reshape(element.shape + (1,) * (value.ndim - element.ndim))
-            yield Entry(name, arguments, form, weighted, exact, how, touched)
-        loose = [n for k in names if k not in covered for n in below[k]]
-        loose += _in_transforms(base.transforms, leaves)
+            taken: list[tuple[Hashable, Use]] = [((program, name, k), uses[k]) for k in keys]
+            if len(keys) > 1:
+                taken, weighted = _coupled(taken, weighted, finder)
+            form = "coupled" if len(taken) > 1 else "scalar"
+            if form == "scalar" and weighted.ndim == taken[0][1].argument.ndim + 1:
+                form = "vector"
+            yield Entry(name, taken, form, weighted, exact, how)
+        loose = [n for k in names if k not in covered for n in uses[k].names]
+        loose += _in_transforms(base.transforms, finder)
         if loose:
-            nothing = torch.zeros(())
-            yield Entry(name, [], "none", nothing, False, "no Fisher information", loose)
+            yield Entry(name, [], "none", torch.zeros(()), False, "no Fisher information", loose)
 
 
-def _in_transforms(transforms: list[Any], leaves: Mapping[int, str]) -> list[str]:
+def _coupled(
+    taken: list[tuple[Hashable, Use]], value: Tensor, finder: Finder
+) -> tuple[list[tuple[Hashable, Use]], Tensor]:
+    """The arguments that parameters enter, broadcast together, and their information."""
+    wide = torch.broadcast_tensors(*(use.argument for _, use in taken))
+    moving = [i for i, (_, use) in enumerate(taken) if use.names]
+    keys: list[Hashable] = [("broadcast", taken[i][0]) for i in moving]
+    taken = [(key, finder.use(key, wide[i])) for key, i in zip(keys, moving, strict=True)]
+    value = value[..., moving, :][..., moving]
+    return taken, (value[..., 0, 0] if len(moving) == 1 else value)
+
+
+def _in_transforms(transforms: list[Any], finder: Finder) -> list[str]:
     values = [v for t in transforms for v in vars(t).values() if torch.is_tensor(v)]
-    return [name for value in values for name in _names_below(value, leaves)]
-
-
-def _names_below(value: Tensor, leaves: Mapping[int, str]) -> list[str]:
-    """Names of the parameters that a tensor depends on."""
-    below = graph.leaves_below(graph.root_of(value))
-    return [leaves[key] for key in below if key in leaves]
+    return [n for i, v in enumerate(values) for n in finder.use(("transform", i), v).names]
 
 
 def _element_weight(site: dict[str, Any], base: Any, weight: Any, layout: Layout) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..trace import Programs
 from . import solvers
-from .blocks import Block, MatrixFreeBlock, Part, UnitBlock, mean_scale
+from .blocks import Block, Part, UnitBlock, mean_scale
+from .matrix_free import MatrixFreeBlock
 from .solvers import EigenBasis
 
 FORMS = ("unit", "diagonal", "kronecker")

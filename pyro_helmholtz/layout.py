@@ -1,0 +1,83 @@
+"""Which plates separate the data, and how many data there are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .checks import PARTICLES
+
+Site = Any
+
+
+@dataclass
+class Layout:
+    """Which plates separate the data, and how many data there are.
+
+    Attributes:
+        shared: dimension of each vectorised plate that all sites share.
+        sequential: names of the sequential plates that all sites share.
+        ndim: number of batch dimensions, particles included.
+        num_data: sum of the data's scales (the divisor of every direction).
+        common_scale: the scale that the bound of a datum carries.
+    """
+
+    shared: tuple[int, ...]
+    sequential: tuple[str, ...]
+    ndim: int
+    num_data: float
+    common_scale: Any
+
+    @classmethod
+    def of(cls, sites: list[Site], max_plate_nesting: int) -> Layout:
+        """Of the sites of one program."""
+        stacks = [
+            {f.name: f for f in site["cond_indep_stack"] if f.name != PARTICLES} for site in sites
+        ]
+        names = set.intersection(*map(set, stacks)) if stacks else set()
+        plated = [set(stack) for stack in stacks if stack]
+        data_plates = set.intersection(*plated) if plated else set()
+        frames = {name: frame for stack in stacks for name, frame in stack.items()}
+        shared = tuple(sorted(frames[n].dim for n in names if frames[n].vectorized))
+        sequential = tuple(sorted(n for n in names if not frames[n].vectorized))
+
+        scales = [site["scale"] for site in sites]
+        full = math.prod(float(frames[n].full_size or frames[n].size) for n in data_plates)
+        subsample = math.prod(
+            (frames[n].full_size or frames[n].size) / frames[n].size for n in names
+        )
+        common = scales[0] if scales and _all_equal(scales) else subsample
+        if names == data_plates and names:
+            ratio = common / subsample
+            full = full * float(ratio.mean() if torch.is_tensor(ratio) else ratio)
+        return cls(shared, sequential, max_plate_nesting + 1, max(full, 1e-30), common)
+
+    def key(self, site: Site) -> tuple:
+        """Which turn of the shared sequential plates a site belongs to."""
+        counters = {f.name: f.counter for f in site["cond_indep_stack"]}
+        return tuple(counters[name] for name in self.sequential)
+
+    def reduce(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum a batch-shaped tensor to one number per particle and datum."""
+        value = value.reshape((1,) * (self.ndim - value.ndim) + value.shape)
+        keep = {self.ndim + dim for dim in self.shared} | {0}
+        drop = [d for d in range(self.ndim) if d not in keep]
+        return value.sum(drop, keepdim=True) if drop else value
+
+
+def _all_equal(scales: list[Any]) -> bool:
+    first = scales[0]
+    for other in scales[1:]:
+        if other is first:
+            continue
+        if torch.is_tensor(first) or torch.is_tensor(other):
+            if not (
+                torch.is_tensor(first) and torch.is_tensor(other) and torch.equal(first, other)
+            ):
+                return False
+        elif abs(first - other) > 1e-9 * abs(first):
+            return False
+    return True
