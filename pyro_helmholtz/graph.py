@@ -35,8 +35,14 @@ ELEMENTWISE = frozenset(
 
 def kind(node: Node) -> str:
     """The operation's name without ``Backward0`` and namespaces: ``AddmmBackward0`` → Addmm."""
-    name = node.name().rsplit("::", 1)[-1].rstrip("0123456789")
-    return name.removesuffix("Backward")
+    name = node.name()
+    if name not in _KINDS:
+        last = name.rsplit("::", 1)[-1].rstrip("0123456789")
+        _KINDS[name] = last.removesuffix("Backward")
+    return _KINDS[name]
+
+
+_KINDS: dict[str, str] = {}
 
 
 def shape_of(node: Node, nr: int = 0) -> torch.Size:

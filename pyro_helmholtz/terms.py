@@ -48,7 +48,8 @@ class Term:
     @property
     def direct(self) -> bool:
         """Whether the leaf itself is the summand."""
-        return self.kind not in MATMUL and self.kind != "Convolution"
+        kind = self.kind
+        return kind not in MATMUL and kind != "Convolution"
 
     @property
     def what(self) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -83,12 +84,12 @@ class UnitBlock:
         """Names of the sites that the parameters feed."""
         return ", ".join(self.sites)
 
-    @property
+    @cached_property
     def params(self) -> list[str]:
         """Names of the parameters."""
         return list(dict.fromkeys(name for c in self.components for name in c.names))
 
-    @property
+    @cached_property
     def key(self) -> tuple[str, ...]:
         """What identifies the block from batch to batch."""
         return tuple(self.params)

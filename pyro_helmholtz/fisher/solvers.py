@@ -102,9 +102,14 @@ class EigenBasis:
 
     @classmethod
     def of(cls, mean_block: Tensor) -> EigenBasis:
-        """Of a symmetric mean block, (size, size)."""
-        values, vectors = torch.linalg.eigh(mean_block)
-        return cls(values.clamp(min=0), vectors)
+        """Of a symmetric mean block, (size, size).
+
+        Computed in float64: in float32 the host's ``eigh`` can give NaN without an error for
+        blocks of low rank, such as pixels that are always dark make them.
+        """
+        double = mean_block.cpu() if mean_block.device.type == "mps" else mean_block
+        values, vectors = torch.linalg.eigh(double.double())
+        return cls(values.clamp(min=0).to(mean_block), vectors.to(mean_block))
 
     def to(self, g: Tensor) -> Tensor:
         """(units, d·size) in the eigenbasis."""

@@ -691,3 +691,18 @@ def test_oracle_reads_arguments_as_given():
     assert arguments(dist.Bernoulli(probs=torch.tensor([0.2]))) == ["probs"]
     info = score_information(dist.Normal(torch.zeros(1, dtype=D), 0.5 * torch.ones(1, dtype=D)))
     close(info[0], torch.diag(torch.tensor([4.0, 8.0], dtype=D)), 1e-9)
+
+
+def test_the_eigenbasis_is_computed_in_double_precision():
+    # float32 eigh returned NaN for a block of low rank (MNIST, first recognition layer)
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(300, generator=generator) ** 3
+    probs[:100] = 0
+    u = torch.bernoulli(probs.expand(64, 300), generator=generator)
+    block = u.t() @ u / 64
+    basis = solvers.EigenBasis.of(block)
+    assert basis.vectors.dtype == torch.float32
+    unit = basis.vectors.double().t() @ basis.vectors.double()
+    assert (unit - torch.eye(300, dtype=torch.float64)).abs().max() < 5e-7
+    again = (basis.vectors.double() * basis.values.double()) @ basis.vectors.double().t()
+    assert (again - block.double()).abs().max() < 5e-7
