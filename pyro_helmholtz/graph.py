@@ -164,11 +164,13 @@ Chain = tuple[Link, ...]
 
 def remap(chain: Chain, f: Callable[[Any], Any]) -> Chain:
     """The same chain over other nodes."""
-    return tuple(link.remap(f) for link in chain)
+    return tuple([link.remap(f) for link in chain]) if chain else chain
 
 
 def pull(chain: Chain, coefficient: Tensor) -> Tensor:
     """Carry a coefficient from the head of the chain to its foot."""
+    if not chain:
+        return coefficient
     with torch.no_grad():
         for link in chain:
             if link.elementwise:

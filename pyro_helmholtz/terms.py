@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,10 +35,9 @@ class Term:
     factor: float = 1.0
 
     def remap(self, f: Callable[[Any], Any]) -> Term:
-        """The same term over other nodes."""
+        """The same term over other nodes, without the way to the leaf: the plan has it."""
         chain = graph.remap(self.chain, f)
-        weight_chain = graph.remap(self.weight_chain, f)
-        return replace(self, node=f(self.node), chain=chain, weight_chain=weight_chain)
+        return Term(f(self.node), chain, (), self.leaf, self.name, self.side, self.factor)
 
     @property
     def kind(self) -> str:

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from ..columns import Columns
 from . import solvers
+from .eigenbasis import EigenBasis
 from .matrix_free import MatrixFreeBlock
-from .solvers import EigenBasis, Solution
+from .solvers import Operator, Solution
 
 Tensors = Mapping[str, Tensor]
+KRONECKER_SLACK = 0.1
+PRECONDITIONER_SLACK = 0.2
 
 
 @dataclass
@@ -198,7 +201,8 @@ class UnitBlock:
 
     def unit_scales(self) -> Tensor:
         """``s_j = Σ_n Q_nj``, (units,) or (units, d, d)."""
-        return torch.stack([part.coefficients.sum(0) for part in self.parts]).sum(0)
+        sums = [part.coefficients.sum(0) for part in self.parts]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
     def solve(self, g: Tensor, damping: float) -> Tensor:
         """``(1+α)(αI + F)⁻¹ g``, (units, size), by the block's solver."""
@@ -209,43 +213,47 @@ class UnitBlock:
         if self.solver == "diagonal":
             return "diagonal"
         if self.solver == "kronecker":
-            return "Kronecker (shared eigenbasis, unit scales)"
-        if self.size <= solvers.CHOLESKY_SIZE:
+            return f"Kronecker (shared eigenbasis to {KRONECKER_SLACK:.0%}, unit scales)"
+        if self.way() == "dense":
             return "Cholesky"
-        return f"conjugate gradients to {self.tolerance:g}"
+        space = "in the space of the samples " if self.way() == "samples" else ""
+        return f"conjugate gradients {space}to {self.tolerance:g}"
+
+    def way(self, batches: int = 1) -> str:
+        """How exact blocks are solved: "dense", "samples" or "preconditioned".
+
+        Args:
+            batches: as many such blocks will be put together.
+        """
+        if self.size <= solvers.CHOLESKY_SIZE:
+            return "dense"
+        rows = batches * sum(len(part.features) for part in self.parts)
+        return "samples" if self.d == 1 and rows < self.fan_in else "preconditioned"
 
     def solution(self, g: Tensor, damping: float) -> Solution:
         """As ``solve``, with the number of iterations and the error."""
         if self.solver == "diagonal":
             return Solution((1 + damping) * g / (damping + self.diagonal()))
         if self.solver == "kronecker":
-            basis, scales = self._basis_and_scales()
-            return Solution((1 + damping) * basis.inverse(g, scales, damping))
-        if self.size <= solvers.CHOLESKY_SIZE:
+            return Solution((1 + damping) * self._inverse(damping, KRONECKER_SLACK)(g))
+        if self.way() == "dense":
             return solvers.cholesky(self.dense(), g, damping)
-        return self._in_eigenbasis(g, damping)
-
-    def _basis_and_scales(self) -> tuple[EigenBasis, Tensor]:
-        scales = self.unit_scales() if self.scales is None else self.scales
-        if self.basis is not None:
-            return self.basis, scales
-        return EigenBasis.of(self.mean_block() / mean_scale(scales)), scales
-
-    def _in_eigenbasis(self, g: Tensor, damping: float) -> Solution:
-        """Conjugate gradients with everything turned into the shared eigenbasis once."""
-        basis, scales = self._basis_and_scales()
         slack = self.tolerance * damping / (4 * len(self.parts))
-        kept = [part.without_idle_rows(slack) for part in self.parts]
-        parts = [Part(part.features @ basis.vectors, part.coefficients) for part in kept]
-        turned = replace(self, parts=parts)
-        solution = solvers.conjugate_gradients(
-            turned.matvec,
-            basis.to(g),
-            damping,
-            basis.scaled_inverse(scales, damping),
-            self.tolerance,
-        )
-        return replace(solution, x=basis.back(solution.x))
+        fewer = replace(self, parts=[part.without_idle_rows(slack) for part in self.parts])
+        if fewer.way() == "samples":
+            u = torch.cat([part.features for part in fewer.parts])
+            q = torch.cat([part.coefficients for part in fewer.parts])
+            return solvers.in_sample_space(u, q, g, damping, self.tolerance)
+        inverse = self._inverse(damping, PRECONDITIONER_SLACK)
+        return solvers.conjugate_gradients(fewer.matvec, g, damping, inverse, self.tolerance)
+
+    def _inverse(self, damping: float, slack: float) -> Operator:
+        """The Kronecker-like inverse from the shared eigenbasis."""
+        scales = self.unit_scales() if self.scales is None else self.scales
+        basis = self.basis
+        if basis is None:
+            basis = EigenBasis.of(self.mean_block() / mean_scale(scales))
+        return basis.inverse(scales, damping, slack)
 
 
 def mean_scale(scales: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..finder import Finder, Use
 from ..layout import Layout
 from ..trace import site_log_prob, stochastic_sites
-from .families import argument_names, constant_transforms, information, unwrap
+from .families import Base, argument_names, constant_transforms, information, unwrap
 
 
 @dataclass
@@ -87,7 +87,8 @@ def entries(
             if not any(uses[k].names for k in keys):
                 continue
             assert element is not None
-            weighted = value * element.reshape(element.shape + (1,) * (value.ndim - element.ndim))
+            extra = value.ndim - len(base.fn.batch_shape)
+            weighted = value * element.reshape(element.shape + (1,) * extra)
             taken: list[tuple[Hashable, Use]] = [((program, name, k), uses[k]) for k in keys]
             if len(keys) > 1:
                 taken, weighted = _coupled(taken, weighted, finder)
@@ -118,27 +119,33 @@ def _in_transforms(transforms: list[Any], finder: Finder) -> list[str]:
     return [n for i, v in enumerate(values) for n in finder.use(("transform", i), v).names]
 
 
-def _element_weight(site: dict[str, Any], base: Any, weight: Any, layout: Layout) -> Tensor:
-    """Weight of every batch element of the unwrapped distribution."""
+def _element_weight(site: dict[str, Any], base: Base, weight: Any, layout: Layout) -> Tensor:
+    """Weight of every batch element of the unwrapped distribution; broadcasts against them."""
     inner = base.fn.batch_shape
-    like = getattr(base.fn, argument_names(base.fn)[0]).detach()
-    batch = site_log_prob(site).shape
-    event = len(inner) - len(site["fn"].batch_shape)
+    at = len(site["fn"].batch_shape)
+    batch = site_log_prob(site)
 
-    def widen(value: Any, at: int) -> Tensor:
+    def widen(value: Tensor, at: int) -> Tensor:
         """A tensor over ``at`` batch dimensions as one over those of the innermost."""
-        value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
         return value.reshape(value.shape + (1,) * (len(inner) - at))
 
-    at = len(site["fn"].batch_shape)
-    element = widen(site["scale"] / layout.num_data, at)
+    element: Any = site["scale"] / layout.num_data
+    if torch.is_tensor(element):
+        element = widen(element.to(batch), at)
     for mask, place in [(site["mask"], at), *base.masks]:
-        if mask is not None and mask is not True:
-            element = element * widen(mask, place)
+        if torch.is_tensor(mask):
+            element = element * widen(mask.to(batch), place)
+        elif mask is False:
+            element = element * 0.0
+    shape = batch.shape
     if weight is not None:
         element = element * widen(weight, at)
-        batch = _broadcast(batch, weight.shape)
-    full = torch.Size(batch) + inner[len(inner) - event :] if event else torch.Size(batch)
+        shape = _broadcast(shape, weight.shape)
+    full = torch.Size(shape) + inner[at:]
+    if not torch.is_tensor(element):
+        element = batch.detach().new_tensor(element)
+    if full == inner:
+        return element
     return element.expand(_broadcast(element.shape, full)).sum_to_size(inner)
 
 

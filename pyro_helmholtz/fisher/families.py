@@ -210,16 +210,15 @@ def argument_names(fn: Any) -> list[str]:
     """
     if isinstance(fn, torch.distributions.Beta):
         return ["concentration1", "concentration0"]  # views of a Dirichlet's argument
-    fn = getattr(fn, "_categorical", fn)
+    held = getattr(fn, "_categorical", fn).__dict__
+    given = held.get("_param")
     names = []
-    given = fn.__dict__.get("_param")
     for name in fn.arg_constraints:
-        value = fn.__dict__.get(name)
-        if not (torch.is_tensor(value) and value.is_floating_point()):
-            continue
+        value = held.get(name)
         if name in ("probs", "logits") and given is not None and value is not given:
             continue
-        names.append(name)
+        if torch.is_tensor(value) and value.is_floating_point():
+            names.append(name)
     return names
 
 

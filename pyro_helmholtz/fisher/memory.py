@@ -16,10 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from ..trace import Programs
-from . import solvers
 from .blocks import Block, Part, UnitBlock, mean_scale
+from .eigenbasis import EigenBasis
 from .matrix_free import MatrixFreeBlock
-from .solvers import EigenBasis
 
 FORMS = ("unit", "diagonal", "kronecker")
 SAMPLES = ("lagged", "average", "same", "dream")
@@ -115,10 +114,8 @@ class Memory:
 
     def remember(self, blocks: list[Block]) -> None:
         """Take in a batch."""
-        averaging = self.samples == "average"
-        length = self.ring if averaging and self.form != "kronecker" else 1
         self.batches.append(blocks)
-        while len(self.batches) > length:
+        while len(self.batches) > self._length():
             self.batches.popleft()
         for block in blocks:
             if isinstance(block, MatrixFreeBlock):
@@ -126,10 +123,14 @@ class Memory:
             elif self._needs_basis(block):
                 self._update(block)
 
+    def _length(self) -> int:
+        """How many batches are kept; the Kronecker form keeps running means instead."""
+        return self.ring if self.samples == "average" and self.form != "kronecker" else 1
+
     def _needs_basis(self, block: UnitBlock) -> bool:
-        if self.form == "diagonal":
-            return False
-        return self.form == "kronecker" or block.size > solvers.CHOLESKY_SIZE
+        if self.form == "unit":
+            return block.way(self._length()) == "preconditioned"
+        return self.form == "kronecker"
 
     def _update(self, block: UnitBlock) -> None:
         known = self.statistics.get(block.key)
@@ -143,19 +144,20 @@ class Memory:
         """The matrix for a step whose own batch gave ``current``."""
         if self.samples == "same" or not self.batches:
             return Fisher([self._finish(b, fresh=True) for b in current], damping)
-        kept = [_average([_by_key(batch).get(b.key) for batch in self.batches], b) for b in current]
+        known = [{block.key: block for block in batch} for batch in self.batches]
+        kept = [_average([batch.get(b.key) for batch in known], b) for b in current]
         return Fisher([self._finish(b) for b in kept], damping)
 
     def _finish(self, block: Block, *, fresh: bool = False) -> Block:
         if isinstance(block, MatrixFreeBlock):
             return replace(block, tolerance=self.tolerance, _pieces=[])
-        block = replace(block, solver=self.form, tolerance=self.tolerance)
         known = self.statistics.get(block.key)
-        if known is not None and not (fresh and self.form == "kronecker"):
-            block.basis = known.basis
-            if self.form == "kronecker":
-                block.scales = known.scales
-        return block
+        if known is None or (fresh and self.form == "kronecker"):
+            return replace(block, solver=self.form, tolerance=self.tolerance)
+        scales = known.scales if self.form == "kronecker" else None
+        return replace(
+            block, solver=self.form, tolerance=self.tolerance, basis=known.basis, scales=scales
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step needs, without graphs."""
@@ -176,20 +178,17 @@ class Memory:
         )
 
 
-def _by_key(blocks: list[Block]) -> dict[tuple[str, ...], Block]:
-    return {block.key: block for block in blocks}
-
-
 def _average(kept: list[Block | None], current: Block) -> Block:
     """The mean of the kept batches' blocks; the current one where none was kept."""
     found = [block for block in kept if type(block) is type(current)]
     if not found:
         return current
     share = 1.0 / len(found)
+    if len(found) == 1 and isinstance(current, UnitBlock):
+        return found[0]
     if isinstance(current, MatrixFreeBlock):
         recipes = [r for b in found if isinstance(b, MatrixFreeBlock) for r in b.recipes]
         return replace(current, recipes=recipes, share=share, _pieces=[])
     parts = [p for b in found if isinstance(b, UnitBlock) for p in b.parts]
-    if len(found) > 1:
-        parts = [Part(p.features, p.coefficients * share) for p in parts]
+    parts = [Part(p.features, p.coefficients * share) for p in parts]
     return replace(current, parts=parts)

@@ -13,6 +13,7 @@ from torch import nn
 
 import pyro_helmholtz as ph
 from pyro_helmholtz.fisher import families, solvers
+from pyro_helmholtz.fisher.eigenbasis import EigenBasis
 from tests.oracles import (
     arguments,
     check,
@@ -700,7 +701,7 @@ def test_the_eigenbasis_is_computed_in_double_precision():
     probs[:100] = 0
     u = torch.bernoulli(probs.expand(64, 300), generator=generator)
     block = u.t() @ u / 64
-    basis = solvers.EigenBasis.of(block)
+    basis = EigenBasis.of(block)
     assert basis.vectors.dtype == torch.float32
     unit = basis.vectors.double().t() @ basis.vectors.double()
     assert (unit - torch.eye(300, dtype=torch.float64)).abs().max() < 5e-7
