@@ -38,6 +38,7 @@ from pyro_helmholtz.datasets import load
 
 GRID: dict[str, list] = {
     "rws-sgd": [0.1],
+    "rws-nesterov": [0.02],
     "rws-adam": [0.003],
     "pyro-adam": [0.003],
     "natural": [None],
@@ -78,6 +79,9 @@ def make_step(method: str, options: dict, model: Callable, guide: Callable, size
         return ph.RWS(model, guide, optimiser("Adam", options), **common).step
     if method == "rws-sgd":
         return ph.RWS(model, guide, optimiser("SGD", options), **common).step
+    if method == "rws-nesterov":
+        momentum = {"momentum": 0.9, "nesterov": True}
+        return ph.RWS(model, guide, optimiser("SGD", options | momentum), **common).step
     sgd = {key: value for key, value in options.items() if key in SGD_OPTIONS}
     rest = {key: value for key, value in options.items() if key not in SGD_OPTIONS}
     if sgd and "lr" not in sgd:
@@ -243,9 +247,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", choices=["digits", "mnist14", "mnist"], default="digits")
     parser.add_argument("--folder", help="where MNIST's IDX files are")
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="to choose settings: test on a fifth of the training images, train on the others",
+    )
     parser.add_argument("--binarize", choices=["threshold", "sample"], default="threshold")
     parser.add_argument("--layers", default="100,50,20,10,10", help="hidden layers, bottom first")
-    parser.add_argument("--methods", default="rws-sgd,rws-adam,pyro-adam,natural")
+    parser.add_argument("--methods", default="rws-sgd,rws-nesterov,rws-adam,pyro-adam,natural")
     parser.add_argument("--lr", help="rates for every method, with commas")
     parser.add_argument("--grid", action="append", default=[], metavar="METHOD=LR,LR")
     parser.add_argument(
@@ -279,9 +288,21 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     data = images(args)
+    if args.validate:
+        held_out = len(data[0]) // 5
+        data = data[0][:-held_out], data[0][-held_out:]
     if len(data[0]) < args.batch_size:
         parser.error(f"--batch-size {args.batch_size} is more than the {len(data[0])} images")
-    keys = ("data", "layers", "batch_size", "particles", "eval_particles", "threads", "device")
+    keys = (
+        "data",
+        "layers",
+        "batch_size",
+        "particles",
+        "eval_particles",
+        "threads",
+        "device",
+        "validate",
+    )
     shared = {key: getattr(args, key) for key in keys} | {"eval_images": args.eval_images}
     # Two steps of every method that nobody counts: first calls import and allocate.
     brief = {"epochs": 2 * args.batch_size / len(data[0]), "seconds": None, "eval_particles": 1}

@@ -38,8 +38,11 @@ class JointStep:
         joint.param_groups[0].update(options, params=leaves)
         joint.state.clear()
         for leaf in leaves:
-            joint.state[leaf] = objects[leaf].state[leaf]
+            joint.state[leaf] = objects[leaf].state.get(leaf, {})
         joint.step()
+        for leaf in leaves:
+            if joint.state[leaf]:
+                objects[leaf].state[leaf] = joint.state[leaf]
 
 
 def _common_options(optim: PyroOptim, leaves: list[Tensor]) -> dict[str, Any] | None:

@@ -707,3 +707,40 @@ def test_the_eigenbasis_is_computed_in_double_precision():
     assert (unit - torch.eye(300, dtype=torch.float64)).abs().max() < 5e-7
     again = (basis.vectors.double() * basis.values.double()) @ basis.vectors.double().t()
     assert (again - block.double()).abs().max() < 5e-7
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30])
+def test_the_space_of_the_samples_gives_the_dense_solution(rows):
+    generator = torch.Generator().manual_seed(rows)
+    u = torch.randn(rows, 40, generator=generator, dtype=torch.float64)
+    q = torch.rand(rows, 5, generator=generator, dtype=torch.float64)
+    q[0] = 0.0
+    g = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    for damping in (0.01, 0.2, 100.0):
+        dense = torch.einsum("nj,nk,nl->jkl", q, u, u)
+        exact = solvers.cholesky(dense, g, damping).x
+        tight = solvers.in_sample_space(u, q, g, damping, 1e-12, 500).x
+        assert (tight - exact).norm() < 1e-9 * exact.norm()
+        loose = solvers.in_sample_space(u, q, g, damping, 1e-2)
+        assert (loose.x - exact).norm() <= 1e-2 * exact.norm()
+        assert loose.error <= 1e-2
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_the_band_of_eigenvalues_keeps_its_promise(coupled):
+    generator = torch.Generator().manual_seed(0)
+    u = torch.rand(2000, 120, generator=generator, dtype=torch.float64)
+    basis = EigenBasis.of(u.t() @ u / 2000)
+    scales = 0.3 * torch.rand(6, generator=generator, dtype=torch.float64)
+    g = torch.randn(6, 120, generator=generator, dtype=torch.float64)
+    if coupled:
+        root = torch.randn(3, 2, 2, generator=generator, dtype=torch.float64)
+        scales, g = root @ root.transpose(1, 2) / 16, g.reshape(3, 240)
+    top = float(torch.linalg.eigvalsh(scales).max() if coupled else scales.max())
+    for slack in (0.05, 0.1, 0.3):
+        exact = basis.inverse(scales, 0.2, 0.0)(g)
+        low, high = basis._band(top, 0.2, slack)
+        assert 2 * (high - low) > 120  # else nothing is left out and nothing is tested
+        banded = basis.inverse(scales, 0.2, slack)(g)
+        error = (banded - exact).norm() / exact.norm()
+        assert 0 < error <= slack
