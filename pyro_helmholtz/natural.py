@@ -42,7 +42,8 @@ class NaturalRWS(HelmholtzSVI):
             present one, for comparison) or "dream" (the model's blocks from dreams). None is
             "average" for the Kronecker form, whose running means cost nothing more, and
             "lagged" for the others.
-        refresh_every: take in a minibatch every so many steps (the thesis's K-step).
+        refresh_every: take in a minibatch every so many steps (the thesis's K-step). None is 4
+            for the Kronecker form with "average", whose running means hardly feel it, else 1.
         tolerance: relative error of iterative solves.
         kl_clip: largest ``½ xᵀFx``, a bound on the divergence of a step of rate one; the
             direction is shrunk to meet it. None for no bound.
@@ -60,7 +61,7 @@ class NaturalRWS(HelmholtzSVI):
         *,
         damping: Schedule = 0.2,
         fisher: str = "kronecker",
-        refresh_every: int = 1,
+        refresh_every: int | None = None,
         fisher_samples: str | None = None,
         sleep_weight: float = 0.5,
         sleep_steps: int = 1,
@@ -82,6 +83,10 @@ class NaturalRWS(HelmholtzSVI):
         super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
         if not callable(damping) and not damping > 0:
             raise ValueError(f"damping must be positive, got {damping!r}.")
+        if fisher_samples is None:
+            fisher_samples = "average" if fisher == "kronecker" else "lagged"
+        if refresh_every is None:
+            refresh_every = 4 if (fisher, fisher_samples) == ("kronecker", "average") else 1
         if not (isinstance(refresh_every, int) and refresh_every >= 1):
             raise ValueError(f"refresh_every must be an int of at least 1, got {refresh_every!r}.")
         if kl_clip is not None and not kl_clip > 0:
@@ -89,8 +94,6 @@ class NaturalRWS(HelmholtzSVI):
         if not tolerance > 0:
             raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
         self.damping, self.refresh_every, self.kl_clip = damping, refresh_every, kl_clip
-        if fisher_samples is None:
-            fisher_samples = "average" if fisher == "kronecker" else "lagged"
         self.memory = Memory(fisher, fisher_samples, tolerance=tolerance)
         self._finder = Finder()
         self._steps = 0

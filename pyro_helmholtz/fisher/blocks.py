@@ -97,6 +97,14 @@ class UnitBlock:
         """What identifies the block from batch to batch."""
         return tuple(self.params)
 
+    def leaf_shapes(self) -> dict[str, torch.Size]:
+        """Shape of each parameter by name."""
+        return {
+            name: columns.leaf_shape
+            for component in self.components
+            for name, columns in zip(component.names, component.columns, strict=True)
+        }
+
     @property
     def d(self) -> int:
         """Number of components of a unit."""

@@ -72,6 +72,10 @@ class MatrixFreeBlock:
         """What identifies the block from batch to batch."""
         return tuple(self.names)
 
+    def leaf_shapes(self) -> dict[str, torch.Size]:
+        """Shape of each parameter by name."""
+        return dict(zip(self.names, self.shapes, strict=True))
+
     @property
     def units(self) -> int:
         """Number of blocks."""

@@ -38,13 +38,23 @@ class Fisher:
     damping: float
 
     def solve(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``(1+α)(αI + F)⁻¹ g`` by name; parameters without a block keep their gradient."""
+        """``(1+α)(αI + F)⁻¹ g`` by name; parameters without a block keep their gradient.
+
+        Parameters that have no gradient here, as the model's in an extra sleep step, count as
+        zero in a block that they share, and are left out of the result.
+        """
         result = dict(gradient)
         for block in self.blocks:
-            if not all(name in gradient for name in block.params):
+            missing = [name for name in block.params if name not in gradient]
+            if len(missing) == len(block.params):
                 continue
-            x = block.solve(block.gather(gradient), self.damping)
-            result |= block.scatter(x)
+            known = gradient
+            if missing:
+                like = next(gradient[name] for name in block.params if name in gradient)
+                shapes = block.leaf_shapes()
+                known = {**gradient, **{n: like.new_zeros(shapes[n]) for n in missing}}
+            x = block.scatter(block.solve(block.gather(known), self.damping))
+            result |= {name: value for name, value in x.items() if name in gradient}
         return result
 
 

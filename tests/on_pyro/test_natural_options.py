@@ -1,9 +1,11 @@
 """The options of NaturalRWS."""
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
+import pyro_helmholtz as ph
 from pyro_helmholtz import NaturalRWS
 
 from .programs import SBN, snapshot
@@ -154,8 +156,6 @@ def test_extra_sleep_steps_carry_the_sleep_scale() -> None:
     import pyro
     import torch
 
-    import pyro_helmholtz as ph
-
     def after(sleep_steps: int, sleep_scale: float) -> torch.Tensor:
         pyro.clear_param_store()
         torch.manual_seed(3)
@@ -180,3 +180,29 @@ def test_extra_sleep_steps_carry_the_sleep_scale() -> None:
 
     assert torch.equal(after(4, 0.0), after(1, 0.0))
     assert not torch.equal(after(4, 1.0), after(1, 1.0))
+
+
+def test_a_shared_block_with_a_missing_gradient_is_solved_as_if_it_were_zero() -> None:
+    def model(x):
+        weight, bias = pyro.param("weight", torch.ones(3, 2)), pyro.param("bias", torch.ones(3))
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=h @ weight.t() + bias).to_event(1), obs=x)
+
+    def guide(x):
+        weight = pyro.param("weight", torch.ones(3, 2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=x @ weight).to_event(1))
+
+    torch.manual_seed(0)
+    x = torch.bernoulli(torch.full((8, 3), 0.5))
+    svi = ph.NaturalRWS(model, guide, fisher="unit", num_particles=3, max_plate_nesting=1)
+    fisher = svi.directions(x).fisher
+    (block,) = fisher.blocks
+    assert set(block.params) == {"weight", "bias"}
+    g = torch.randn(3, 2)
+    natural = fisher.solve({"weight": g})
+    full = fisher.solve({"weight": g, "bias": torch.zeros(3)})
+    assert set(natural) == {"weight"}
+    assert torch.equal(natural["weight"], full["weight"])
+    assert not torch.allclose(natural["weight"], g)
