@@ -94,7 +94,8 @@ class NaturalRWS(HelmholtzSVI):
         if not tolerance > 0:
             raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
         self.damping, self.refresh_every, self.kl_clip = damping, refresh_every, kl_clip
-        self.memory = Memory(fisher, fisher_samples, tolerance=tolerance)
+        every = max(1, 4 // refresh_every)
+        self.memory = Memory(fisher, fisher_samples, tolerance=tolerance, mean_every=every)
         self._finder = Finder()
         self._steps = 0
         self._fresh: list[Block] | None = None

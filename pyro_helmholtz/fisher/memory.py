@@ -64,33 +64,37 @@ class Statistics:
 
     Attributes:
         mean: (fan-in, fan-in). scales: as ``UnitBlock.unit_scales``. basis: of the mean.
-        updates: how many batches came.
+        updates: how many batches came. every: the mean block, dearer than the scales, takes in
+            every so many of them.
     """
 
     mean: Tensor
     scales: Tensor
     basis: EigenBasis
     updates: int = 1
+    every: int = 1
 
     @classmethod
-    def of(cls, block: UnitBlock) -> Statistics:
+    def of(cls, block: UnitBlock, every: int = 1) -> Statistics:
         """Statistics of a layer's first batch."""
         mean, scales = block.mean_block(), block.unit_scales()
-        return cls(mean, scales, EigenBasis.of(mean / mean_scale(scales)))
+        return cls(mean, scales, EigenBasis.of(mean / mean_scale(scales)), every=every)
 
     def update(self, block: UnitBlock, decay: float) -> None:
         """Take in a batch; the mean and its eigenbasis are renewed on a schedule."""
         keep = min(decay, self.updates / (self.updates + 1))
         self.scales = self.scales.lerp(block.unit_scales(), 1 - keep)
         self.updates += 1
-        if self.updates < 16 or self.updates % 4 == 0:
+        if self.updates <= 16:
             self.mean = self.mean.lerp(block.mean_block(), 1 - keep)
+        elif self.updates % self.every == 0:
+            self.mean = self.mean.lerp(block.mean_block(), 1 - keep**self.every)
         if self._due():
             self.basis = EigenBasis.of(self.mean / mean_scale(self.scales))
 
     def _due(self) -> bool:
         """After 1, 2, 4, … batches, then every so often: the wider the layer, the rarer."""
-        interval = max(16, self.mean.shape[0] // 4)
+        interval = max(16, self.mean.shape[0] * self.every // 16)
         if self.updates < interval:
             return self.updates & (self.updates - 1) == 0
         return self.updates % interval == 0
@@ -103,7 +107,7 @@ class Memory:
     Args:
         form: one of ``FORMS``. samples: one of ``SAMPLES``.
         ring: batches kept by "average". decay: of the Kronecker form's running means.
-        tolerance: relative error of iterative solves.
+        tolerance: relative error of iterative solves. mean_every: see ``Statistics``.
     """
 
     form: str
@@ -111,6 +115,7 @@ class Memory:
     ring: int = RING
     decay: float = DECAY
     tolerance: float = 1e-2
+    mean_every: int = 4
     batches: deque[list[Block]] = field(default_factory=deque)
     statistics: dict[tuple[str, ...], Statistics] = field(default_factory=dict)
 
@@ -146,7 +151,7 @@ class Memory:
         known = self.statistics.get(block.key)
         fresh = self.form == "kronecker" and self.samples != "average"
         if known is None or fresh or known.mean.shape[0] != block.fan_in:
-            self.statistics[block.key] = Statistics.of(block)
+            self.statistics[block.key] = Statistics.of(block, self.mean_every)
         else:
             known.update(block, self.decay)
 
