@@ -24,7 +24,7 @@ help:
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[pyro,tutorials,dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[pyro,numpyro,tutorials,dev]'
 	@touch $@
 
 quickstart: $(STAMP)

@@ -62,11 +62,13 @@ class Finder:
         below = graph.leaves_below(graph.root_of(argument))
         return Use(argument, [self.leaves[leaf] for leaf in below if leaf in self.leaves])
 
-    def apply(self, key: Hashable, use: Use, shifts: Callable[[], bool]) -> Application:
+    def apply(
+        self, key: Hashable, use: Use, shifts: Callable[[], bool], *, vector: bool = False
+    ) -> Application:
         """How the parameters enter.
 
         Args:
-            key, use: as for ``use``. shifts: whether the normalisation of logits changes nothing.
+            key, use: as for ``use``. shifts, vector: see ``layers.find``.
 
         Raises:
             Opaque: not as a sum of affine terms; the message says why.
@@ -75,7 +77,9 @@ class Finder:
             raise Opaque("an argument without parameters")
         if use.application is None:
             route = Route()
-            application = layers.find(use.argument, self.leaves, route, shifts=shifts())
+            application = layers.find(
+                use.argument, self.leaves, route, vector=vector, shifts=vector and shifts()
+            )
             use.application = application
             if not route.once:
                 known = self._known.setdefault(key, [])

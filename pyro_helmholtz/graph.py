@@ -98,15 +98,43 @@ def _depends(node: Node, leaves: Mapping[int, str]) -> bool:
 
 
 def normalises(node: Node) -> bool:
-    """Whether a node is ``a - logsumexp(a, -1)``, as torch makes it of logits."""
-    if kind(node) != "Sub":
+    """Whether a node is ``a - logsumexp(a, -1)`` or ``a / sum(a, -1)``.
+
+    So torch makes log-probabilities of logits, and probabilities of weights.
+    """
+    sums = {"Sub": "Logsumexp", "Div": "Sum"}.get(kind(node))
+    if sums is None:
         return False
     first, second = (child for child, _ in node.next_functions)
-    if first is None or second is None or kind(second) != "Logsumexp":
+    if first is None or second is None or kind(second) != sums or not second._saved_keepdim:
         return False
-    last = len(shape_of(node)) - 1
     dims = [signed(d) for d in second._saved_dim]
-    return second.next_functions[0][0] is first and dims in ([-1], [last])
+    return second.next_functions[0][0] is first and dims in ([-1], [len(shape_of(node)) - 1])
+
+
+def mixing(node: Node) -> Tensor | None:
+    """The Jacobian (..., d, d) of a node that mixes the last dimension, or None.
+
+    Softmax, log-softmax, and the division by the sum.
+    """
+    name = kind(node)
+    if name in ("Softmax", "LogSoftmax") and _last(node):
+        out = node._saved_result.detach()
+        if name == "Softmax":
+            return torch.diag_embed(out) - out[..., :, None] * out[..., None, :]
+        return (
+            torch.eye(out.shape[-1], dtype=out.dtype, device=out.device) - out[..., None, :].exp()
+        )
+    if name == "Div" and normalises(node):
+        total = node._saved_other.detach()
+        p = node._saved_self.detach() / total
+        eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+        return (eye - p[..., :, None]) / total[..., None]
+    return None
+
+
+def _last(node: Node) -> bool:
+    return signed(node._saved_dim) in (-1, len(shape_of(node)) - 1)
 
 
 def signed(saved: int) -> int:
@@ -120,7 +148,8 @@ class Link:
 
     Attributes:
         node: the autograd node. nr: which of its outputs. slot: which of its inputs.
-        shape: that input's shape. elementwise: whether it has a slope.
+        shape: that input's shape. elementwise: whether it has a slope. mixes: whether it has
+            a Jacobian over the last dimension, see ``mixing``; ``unmix`` accounts for it.
         special: a backward map that replaces the node's own (the bias of a convolution).
     """
 
@@ -130,10 +159,19 @@ class Link:
     shape: torch.Size
     elementwise: bool = False
     special: Callable[[Tensor], Tensor] | None = None
+    mixes: bool = False
 
     def remap(self, f: Callable[[Any], Any]) -> Link:
         """The same link over another node."""
-        return Link(f(self.node), self.nr, self.slot, self.shape, self.elementwise, self.special)
+        return Link(
+            f(self.node),
+            self.nr,
+            self.slot,
+            self.shape,
+            self.elementwise,
+            self.special,
+            self.mixes,
+        )
 
     def back(self, value: Tensor) -> Tensor:
         """The layout's backward map: rearrange, and sum over broadcast dimensions."""
@@ -165,6 +203,20 @@ Chain = tuple[Link, ...]
 def remap(chain: Chain, f: Callable[[Any], Any]) -> Chain:
     """The same chain over other nodes."""
     return tuple([link.remap(f) for link in chain]) if chain else chain
+
+
+def unmix(chain: Chain, information: Tensor) -> Tensor:
+    """``Jᵀ I J`` for the links that mix; they stand at the head, behind expansions alone.
+
+    Args:
+        chain: of a vector argument. information: (..., d, d) in the head's shape.
+    """
+    for link in chain:
+        if link.mixes:
+            jacobian = mixing(link.node)
+            assert jacobian is not None
+            information = jacobian.transpose(-1, -2) @ information @ jacobian
+    return information
 
 
 def pull(chain: Chain, coefficient: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Fisher block is matrix-free and exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -93,15 +93,20 @@ class Application:
 
 
 def find(
-    argument: Tensor, leaves: Mapping[int, str], route: Route, *, shifts: bool = False
+    argument: Tensor,
+    leaves: Mapping[int, str],
+    route: Route,
+    *,
+    vector: bool = False,
+    shifts: bool = False,
 ) -> Application:
     """How the parameters in ``leaves`` enter an argument.
 
     Args:
         argument: an argument of a site's distribution that some parameter enters, its graph
             alive. leaves: id of each parameter's leaf to its name.
-        route: takes down the way. shifts: step over the normalisation ``a - logsumexp(a)`` of
-            the last dimension.
+        route: takes down the way. vector: the last dimension is one vector, so that softmax
+            and the like may mix it. shifts: ``a - logsumexp(a)`` of it changes nothing.
 
     Raises:
         Opaque: they enter in another way.
@@ -115,11 +120,12 @@ def find(
             chain.append(_link(node, nr, below[0]))
         elif name in graph.ELEMENTWISE and len(below) == 1:
             chain.append(_link(node, nr, below[0], elementwise=True))
-        elif (
-            shifts and graph.normalises(node) and all(graph.kind(k.node) == "Expand" for k in chain)
-        ):
+        elif vector and _at_head(chain) and graph.normalises(node) and name == "Sub":
+            if not shifts:
+                raise Opaque("a normalisation of log-probabilities")
             chain.append(_plain(node, nr, below[0]))
-            shifts = False
+        elif vector and _at_head(chain) and graph.mixing(node) is not None:
+            chain.append(replace(_plain(node, nr, below[0]), mixes=True))
         elif name == "Stack":
             route.once = True
             below = _stacked(node, tuple(chain), torch.Size(argument.shape), below)
@@ -133,6 +139,10 @@ def find(
     terms.sort(key=lambda t: (t.direct, -t.out_shape().numel()))
     shape = graph.shape_of(node, nr)
     return Application(tuple(chain), Root(node, nr, shape, terms, plans.make(terms, shape)))
+
+
+def _at_head(chain: list[Link]) -> bool:
+    return all(link.mixes or graph.kind(link.node) in ("Expand", "Sub") for link in chain)
 
 
 def _link(node: Any, nr: int, child: Child, *, elementwise: bool = False) -> Link:
@@ -169,6 +179,14 @@ def _stack_dim(node: Any) -> int:
     return graph.signed(node._saved_dim) % len(graph.shape_of(node))
 
 
+def _constant(node: Any, below: list[Child]) -> float:
+    """The number that a node multiplies by or divides by."""
+    value = getattr(node, "_saved_other" if below[0][0] == 0 else "_saved_self")
+    if len(below) != 1 or not torch.is_tensor(value) or value.ndim:
+        raise Opaque(f"a parameter passes through {node.name()}")
+    return float(value)
+
+
 @dataclass
 class _Sum:
     """Collects the affine terms below a node."""
@@ -196,6 +214,12 @@ class _Sum:
         elif name == "Neg":
             link = _plain(node, nr, below[0])
             yield from self.collect(*below[0][1:], (*chain, link), -factor)
+        elif name == "Mul" or (name == "Div" and below[0][0] == 0):
+            constant = _constant(node, below)
+            self.route.once = True  # its value is no part of the route
+            link = _plain(node, nr, below[0])
+            scale = 1 / constant if name == "Div" else constant
+            yield from self.collect(*below[0][1:], (*chain, link), factor * scale)
         elif name in MATMUL:
             yield from self._product(node, nr, name, chain, factor, below)
         elif name == "Convolution":

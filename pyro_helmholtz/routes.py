@@ -94,7 +94,7 @@ def fingerprint(node: Any) -> tuple:
         tuple([m.shape for m in node._input_metadata]),
         tuple([child is None for child, _ in node.next_functions]),
         tuple([_plain(getattr(node, attribute)) for attribute in _SETTINGS[name]]),
-        name.startswith("Sub") and graph.normalises(node),
+        name.startswith(("Sub", "Div")) and graph.normalises(node),
     )
 
 

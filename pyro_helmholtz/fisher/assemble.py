@@ -53,7 +53,8 @@ def find(entry: Entry, finder: Finder, roots: dict[tuple, Root]) -> Found:
     applications = []
     try:
         for key, use in entry.taken:
-            application = finder.apply(key, use, partial(_ignores_shifts, entry))
+            shifts = partial(_ignores_shifts, entry)
+            application = finder.apply(key, use, shifts, vector=entry.form == "vector")
             application.root = roots.setdefault(application.root.key, application.root)
             applications.append(application)
     except Opaque as reason:
@@ -63,8 +64,6 @@ def find(entry: Entry, finder: Finder, roots: dict[tuple, Root]) -> Found:
 
 def _ignores_shifts(entry: Entry) -> bool:
     """Whether adding one number to a whole vector carries no information, as for logits."""
-    if entry.form != "vector":
-        return False
     info = entry.information
     slack = 64 * torch.finfo(info.dtype).eps * float(info.abs().max() if info.numel() else 0.0)
     return bool((info.sum(-1).abs() <= slack).all())
@@ -182,7 +181,10 @@ def _vector_parts(group: _Group) -> tuple[list[Component], list[Part], str]:
     units = torch.stack([unit for _, _, unit, _ in pieces], 1)
     groups, which = torch.unique(units, dim=0, return_inverse=True)
     slopes = torch.stack([slope for *_, slope in pieces], 1)
-    info = entry.information.reshape(-1, d, d) * slopes[:, :, None] * slopes[:, None, :]
+    value = entry.information
+    if entry.form == "vector":
+        value = graph.unmix(found.applications[0].chain, value)
+    info = value.reshape(-1, d, d) * slopes[:, :, None] * slopes[:, None, :]
     size = first_root.plan.num_rows * groups.shape[0]
     q = torch.zeros(size, d, d, dtype=info.dtype, device=info.device)
     q.index_add_(0, rows * groups.shape[0] + which, info)

@@ -252,7 +252,32 @@ PROGRAMS = {
     "categorical probs": (
         lambda h, m: dist.Categorical(probs=torch.softmax(m["a"](h), -1)),
         linear(3, 3),
-        None,
+        "affine",
+    ),
+    "categorical log-softmax": (
+        lambda h, m: dist.Categorical(logits=torch.log_softmax(m["a"](h), -1)),
+        linear(3, 3),
+        "affine",
+    ),
+    "categorical weights": (
+        lambda h, m: dist.Categorical(probs=torch.exp(m["a"](h))),
+        linear(3, 3),
+        "affine",
+    ),
+    "one-hot probs": (
+        lambda h, m: dist.OneHotCategorical(probs=reshaped(h, m).softmax(-1)).to_event(1),
+        linear(3, 6),
+        "affine",
+    ),
+    "softmax of another dimension": (
+        lambda h, m: dist.Categorical(probs=reshaped(h, m).softmax(-2)).to_event(1),
+        linear(3, 6),
+        "site",
+    ),
+    "scaled": (
+        lambda h, m: dist.Bernoulli(logits=0.5 * m["a"](h) / 3.0 + m["b"](h) * 2).to_event(1),
+        {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2, bias=False)},
+        "affine",
     ),
     "von mises": (
         lambda h, m: dist.VonMises(m["a"](h), torch.exp(m["b"](h))).to_event(1),
@@ -299,7 +324,7 @@ PROGRAMS = {
     "difference": (
         lambda h, m: dist.Bernoulli(logits=m["a"](h[..., :2]) - 2 * m["b"](h)).to_event(1),
         {"a": nn.Linear(2, 2), "b": nn.Linear(3, 2, bias=False)},
-        None,
+        "affine",
     ),
     "subtracted": (
         lambda h, m: dist.Bernoulli(
