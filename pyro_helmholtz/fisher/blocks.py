@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..columns import Columns
 from . import solvers
-from .eigenbasis import EigenBasis
+from .eigenbasis import RANK, WIDE, EigenBasis
 from .matrix_free import MatrixFreeBlock
 from .solvers import Operator, Solution
 
@@ -198,14 +198,17 @@ class UnitBlock:
 
     def mean_block(self) -> Tensor:
         """``Σ_n Σ_j tr(Q_nj) u_n u_nᵀ``, (fan-in, fan-in): all units together."""
-        total = None
+        rows = self.root()
+        return rows.t() @ rows
+
+    def root(self) -> Tensor:
+        """Rows whose ``rowsᵀrows`` is the mean block, (n, fan-in)."""
+        rows = []
         for part in self.parts:
-            u, q = part.features, part.coefficients
+            q = part.coefficients
             weight = q.sum(1) if q.ndim == 2 else q.diagonal(dim1=-2, dim2=-1).sum((1, 2))
-            value = (u * weight[:, None]).t() @ u
-            total = value if total is None else total + value
-        assert total is not None
-        return total
+            rows.append(part.features * weight.sqrt()[:, None])
+        return torch.cat(rows)
 
     def unit_scales(self) -> Tensor:
         """``s_j = Σ_n Q_nj``, (units,) or (units, d, d)."""
@@ -221,7 +224,8 @@ class UnitBlock:
         if self.solver == "diagonal":
             return "diagonal"
         if self.solver == "kronecker":
-            return f"Kronecker (shared eigenbasis to {KRONECKER_SLACK:.0%}, unit scales)"
+            rank = f", {RANK} largest eigenvalues" if self.fan_in > WIDE else ""
+            return f"Kronecker (shared eigenbasis to {KRONECKER_SLACK:.0%}, unit scales{rank})"
         if self.way() == "dense":
             return "Cholesky"
         space = "in the space of the samples " if self.way() == "samples" else ""
@@ -260,7 +264,9 @@ class UnitBlock:
         scales = self.unit_scales() if self.scales is None else self.scales
         basis = self.basis
         if basis is None:
-            basis = EigenBasis.of(self.mean_block() / mean_scale(scales))
+            rows = self.root() / mean_scale(scales).sqrt()
+            few = len(rows) < self.fan_in
+            basis = EigenBasis.of_factor(rows) if few else EigenBasis.of(rows.t() @ rows)
         return basis.inverse(scales, damping, slack)
 
 

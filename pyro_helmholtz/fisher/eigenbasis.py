@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .solvers import Operator
 
-SMALL = 64
+SMALL = 64  # no band below this size
+WIDE = 2048  # running means of layers with more inputs are of low rank
+RANK = 256  # so many eigenvalues then
 
 
 @dataclass
@@ -20,7 +22,7 @@ class EigenBasis:
     units ``s_j`` is a (d, d) matrix with an eigenbasis of its own.
 
     Attributes:
-        values, vectors: (size,), (size, size) ascending.
+        values, vectors: (rank,), (size, rank), ascending; other eigenvalues are zero.
     """
 
     values: Tensor
@@ -28,14 +30,18 @@ class EigenBasis:
 
     @classmethod
     def of(cls, mean_block: Tensor) -> EigenBasis:
-        """Of a symmetric mean block, (size, size).
+        """Of a symmetric mean block, (size, size)."""
+        values, vectors = symmetric_eigenvectors(mean_block)
+        return cls(values.clamp(min=0), vectors)
 
-        Computed in float64: in float32 the host's ``eigh`` can give NaN without an error for
-        blocks of low rank, such as pixels that are always dark make them.
-        """
-        double = mean_block.cpu() if mean_block.device.type == "mps" else mean_block
-        values, vectors = torch.linalg.eigh(double.double())
-        return cls(values.clamp(min=0).to(mean_block), vectors.to(mean_block))
+    @classmethod
+    def of_factor(cls, rows: Tensor) -> EigenBasis:
+        """Of the mean block ``rowsᵀrows``, from fewer rows than columns, (rank, size)."""
+        values, left = symmetric_eigenvectors(rows @ rows.t())
+        tiny = values[-1].clamp(min=1e-30) * torch.finfo(values.dtype).eps * len(values)
+        keep = values > tiny
+        values, left = values[keep], left[:, keep]
+        return cls(values, (rows.t() @ left) / values.sqrt())
 
     def inverse(self, scales: Tensor, damping: float, slack: float) -> Operator:
         """``P_j⁻¹`` as a function of (units, d·size).
@@ -52,10 +58,11 @@ class EigenBasis:
             return self._coupled(scales, damping, slack)
         low, high = self._band(float(scales.max()), damping, slack)
         column = scales[:, None]
-        if 2 * (high - low) <= self.values.numel():
+        size, rank = self.vectors.shape
+        if size == rank and 2 * (high - low) <= rank:
             full = 1 / (damping + column * self.values)
             return lambda g: ((g @ self.vectors) * full) @ self.vectors.t()
-        middle = (self.values[low] + self.values[high - 1]) / 2
+        middle = (self.values[low] + self.values[high - 1]) / 2 if high > low else 0.0
         rest = 1 / (damping + column * middle)
         values = torch.cat([self.values[:low], self.values[high:]])
         vectors = torch.cat([self.vectors[:, :low], self.vectors[:, high:]], 1)
@@ -65,9 +72,11 @@ class EigenBasis:
     def _band(self, scale: float, damping: float, slack: float) -> tuple[int, int]:
         """First and last plus one of the most eigenvalues that may count as one.
 
-        ``s (λ₂ − λ₁)/2 ≤ slack (α + s (λ₂ + λ₁)/2)``.
+        ``s (λ₂ − λ₁)/2 ≤ slack (α + s (λ₂ + λ₁)/2)``. Below full rank the zeros are among them,
+        and stay zeros.
         """
-        if self.values.numel() <= SMALL or not 0 < slack < 1 or scale <= 0:
+        size, rank = self.vectors.shape
+        if size > rank or rank <= SMALL or not 0 < slack < 1 or scale <= 0:
             return 0, 0
         top = (2 * slack * damping / scale + (1 + slack) * self.values) / (1 - slack)
         ends = torch.searchsorted(self.values, top, right=True)
@@ -88,3 +97,14 @@ class EigenBasis:
             )
 
         return apply
+
+
+def symmetric_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, ascending.
+
+    Computed in float64: in float32 the host's ``eigh`` can give NaN without an error for
+    matrices of low rank, such as pixels that are always dark make them.
+    """
+    double = matrix.cpu() if matrix.device.type == "mps" else matrix
+    values, vectors = torch.linalg.eigh(double.double())
+    return values.to(matrix), vectors.to(matrix)

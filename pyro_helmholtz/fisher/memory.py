@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from ..trace import Programs
-from .blocks import Block, Part, UnitBlock, mean_scale
-from .eigenbasis import EigenBasis
+from .blocks import Block, Part, UnitBlock
 from .matrix_free import MatrixFreeBlock
+from .statistics import Statistics
 
 FORMS = ("unit", "diagonal", "kronecker")
 SAMPLES = ("lagged", "average", "same", "dream")
@@ -56,48 +56,6 @@ class Fisher:
             x = block.scatter(block.solve(block.gather(known), self.damping))
             result |= {name: value for name, value in x.items() if name in gradient}
         return result
-
-
-@dataclass
-class Statistics:
-    """Running means of one layer: its mean block, its units' scales, their eigenbasis.
-
-    Attributes:
-        mean: (fan-in, fan-in). scales: as ``UnitBlock.unit_scales``. basis: of the mean.
-        updates: how many batches came. every: the mean block, dearer than the scales, takes in
-            every so many of them.
-    """
-
-    mean: Tensor
-    scales: Tensor
-    basis: EigenBasis
-    updates: int = 1
-    every: int = 1
-
-    @classmethod
-    def of(cls, block: UnitBlock, every: int = 1) -> Statistics:
-        """Statistics of a layer's first batch."""
-        mean, scales = block.mean_block(), block.unit_scales()
-        return cls(mean, scales, EigenBasis.of(mean / mean_scale(scales)), every=every)
-
-    def update(self, block: UnitBlock, decay: float) -> None:
-        """Take in a batch; the mean and its eigenbasis are renewed on a schedule."""
-        keep = min(decay, self.updates / (self.updates + 1))
-        self.scales = self.scales.lerp(block.unit_scales(), 1 - keep)
-        self.updates += 1
-        if self.updates <= 16:
-            self.mean = self.mean.lerp(block.mean_block(), 1 - keep)
-        elif self.updates % self.every == 0:
-            self.mean = self.mean.lerp(block.mean_block(), 1 - keep**self.every)
-        if self._due():
-            self.basis = EigenBasis.of(self.mean / mean_scale(self.scales))
-
-    def _due(self) -> bool:
-        """After 1, 2, 4, … batches, then every so often: the wider the layer, the rarer."""
-        interval = max(16, self.mean.shape[0] * self.every // 16)
-        if self.updates < interval:
-            return self.updates & (self.updates - 1) == 0
-        return self.updates % interval == 0
 
 
 @dataclass
@@ -150,7 +108,7 @@ class Memory:
     def _update(self, block: UnitBlock) -> None:
         known = self.statistics.get(block.key)
         fresh = self.form == "kronecker" and self.samples != "average"
-        if known is None or fresh or known.mean.shape[0] != block.fan_in:
+        if known is None or fresh or known.fan_in != block.fan_in:
             self.statistics[block.key] = Statistics.of(block, self.mean_every)
         else:
             known.update(block, self.decay)
