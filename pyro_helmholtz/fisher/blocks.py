@@ -22,7 +22,7 @@ from .matrix_free import MatrixFreeBlock
 from .solvers import Operator, Solution
 
 Tensors = Mapping[str, Tensor]
-KRONECKER_SLACK = 0.1
+KRONECKER_SLACK = 0.2
 PRECONDITIONER_SLACK = 0.2
 
 
