@@ -12,14 +12,15 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help quickstart test lint format bench clean
+.PHONY: help quickstart test lint format bench bench-numpyro clean
 
 help:
 	@echo "make quickstart   train a sigmoid belief network by RWS and NaturalRWS; table and figure"
 	@echo "make test         format check, lint, types, tests"
 	@echo "make lint         format check, lint, types"
 	@echo "make format       format and sort imports"
-	@echo "make bench        the time of one step, against Pyro and by hand"
+	@echo "make bench        the time of one step in Pyro, against the host and by hand"
+	@echo "make bench-numpyro  the same in NumPyro"
 	@echo "make clean        remove the virtual environment and the caches"
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
@@ -35,8 +36,9 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
+# One thread for each worker: more of them than cores make torch crawl.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .
@@ -44,6 +46,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+bench-numpyro: $(STAMP)
+	$(BIN)/python benchmarks/numpyro_step_time.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -6,8 +6,10 @@
 
 Every contender's step runs under ``jit`` and ``lax.scan``. All are timed in one run, in turn,
 block after block; the ratios are medians of the ratios within a repetition, so that a busy
-neighbour slows both sides. The first block's time less a block's is the compile time. With
-``--bars`` the same number of steps is timed through ``run`` with and without a progress bar.
+neighbour slows both sides. The first block's time less a block's is the compile time. A
+contender goes on from block to block: what it does only once in many steps shows in the mean,
+not in the median. With ``--bars`` the same number of steps is timed through ``run`` with and
+without a progress bar.
 """
 
 from __future__ import annotations
@@ -108,20 +110,32 @@ def timed(block: Callable) -> float:
     return time.perf_counter() - start
 
 
+class Block:
+    """Some steps of one contender under ``lax.scan``; each call goes on where the last ended.
+
+    Args:
+        update: ``(state, x) -> (state, loss)``. state: the first. steps: in a block.
+    """
+
+    def __init__(self, update: Callable, state: Any, x: Array, steps: int) -> None:
+        self.state, self.x = state, x
+        self.scan = jax.jit(lambda s, x: lax.scan(lambda s, _: update(s, x), s, None, steps))
+
+    def __call__(self) -> Any:
+        self.state, losses = self.scan(self.state, self.x)
+        return self.state, losses
+
+
 def measure(args: argparse.Namespace, widths: list[int], x: Array) -> dict[str, dict]:
     """Times the contenders in turn: seconds to compile, milliseconds per step."""
-    blocks: dict[str, Callable] = {}
+    blocks: dict[str, Block] = {}
     results: dict[str, dict] = {}
     for name in args.methods:
-        update, state = make_step(name, widths, args.particles, x)
-
-        @partial(jax.jit, static_argnames="update")
-        def block(state: Any, x: Array, update: Callable) -> Any:
-            return lax.scan(lambda s, _: update(s, x), state, None, args.steps)
-
-        blocks[name] = partial(block, state, x, update)
+        blocks[name] = Block(*make_step(name, widths, args.particles, x), x, args.steps)
         first = timed(blocks[name])
         results[name] = {"compile_s": first - timed(blocks[name]), "ms": []}
+        for _ in range(0, args.warm_up, args.steps):
+            blocks[name]()
     for _ in range(args.repetitions):
         for name, block in blocks.items():
             results[name]["ms"].append(timed(block) / args.steps * 1e3)
@@ -158,11 +172,19 @@ def report(results: dict[str, dict], args: argparse.Namespace) -> None:
         f"{jax.default_backend()}, {args.steps} steps in a block"
     )
     bases = [name for name in ("by-hand", "renyi", "rws") if name in results]
-    for column in ("step", "median ms", "min ms", *(f"/ {b}" for b in bases), "compile s"):
+    for column in (
+        "step",
+        "median ms",
+        "mean ms",
+        "min ms",
+        *(f"/ {b}" for b in bases),
+        "compile s",
+    ):
         table.add_column(column, justify="left" if column == "step" else "right")
     for name, result in results.items():
         result["median"], result["min"] = statistics.median(result["ms"]), min(result["ms"])
-        cells = [name, f"{result['median']:.3f}", f"{result['min']:.3f}"]
+        result["mean"] = statistics.fmean(result["ms"])
+        cells = [name, *(f"{result[key]:.3f}" for key in ("median", "mean", "min"))]
         for base in bases:
             pairs = zip(result["ms"], results[base]["ms"], strict=True)
             result[f"ratio_to_{base}"] = statistics.median(a / b for a, b in pairs)
@@ -185,6 +207,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="contenders, with commas")
     parser.add_argument("--steps", type=int, default=20, help="steps in a timed block")
     parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=200, help="steps that are not timed")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--particles", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)

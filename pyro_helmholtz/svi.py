@@ -21,7 +21,7 @@ from .estimators.base import HelmholtzELBO, Pass, score
 from .estimators.reweighted import RWS_ELBO
 from .estimators.wake_sleep import WakeSleep_ELBO
 from .fisher.memory import Fisher
-from .optimise import JointStep
+from .optimiser import JointStep
 from .trace import Programs, parameters
 
 DEFAULT_LEARNING_RATE = 0.05

@@ -1,14 +1,22 @@
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pyro
 import pytest
 import torch
 
+from . import quick_compile
+
 pytest.importorskip("matplotlib").use("Agg")
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((ROOT / "tutorials").glob("*.py"))
+ON_NUMPYRO = [path for path in SCRIPTS if path.stem.endswith("_numpyro")]
+ON_PYRO = [path for path in SCRIPTS if path not in ON_NUMPYRO]
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +31,46 @@ def _apart(monkeypatch, tmp_path):
     plt.close("all")
 
 
-@pytest.mark.parametrize(
-    "script", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("script", ON_PYRO, ids=lambda path: path.stem)
 def test_tutorial_runs_and_leaves_only_figures(script, tmp_path):
     runpy.run_path(str(script), run_name="__main__")
-    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
-    assert list((tmp_path / "figures").glob(f"{script.stem[:2]}_*.png"))
+    check_figures(script, tmp_path)
+
+
+@pytest.mark.parametrize("script", ON_NUMPYRO, ids=lambda path: path.stem)
+def test_numpyro_tutorial_runs_and_leaves_only_figures(script, tmp_path):
+    """In a process of its own: precision and devices are settings of a whole process."""
+    pytest.importorskip("numpyro")
+    env = os.environ | {
+        "MPLBACKEND": "Agg",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": quick_compile.FLAGS,
+    }
+    program = f"import runpy; found = runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    program += CHECKS.get(script.stem, "")
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check_figures(script, tmp_path)
+
+
+CHECKS = {
+    "02_why_natural_gradients_numpyro": """
+import numpy as np
+exact, inside = np.asarray(found["exact"]), np.asarray(found["inside"])
+assert abs(exact[~inside]).max() < 1e-14
+assert abs(exact - found["sampled"]).max() < 0.03
+zero_one, plus_minus = found["zero_one"], found["plus_minus"]
+np.testing.assert_allclose(zero_one["natural"], plus_minus["natural"], rtol=1e-5, atol=1e-6)
+assert not np.allclose(zero_one["gradient"], plus_minus["gradient"], rtol=0.1)
+""",
+    "03_several_devices_numpyro": "assert len(found['jax'].devices()) == 8\n",
+}
+
+
+def check_figures(script, folder):
+    assert [path.name for path in folder.iterdir()] == ["figures"]
+    assert list((folder / "figures").glob(f"{script.stem[:2]}_*.png"))
 
 
 def test_second_tutorial_shows_what_it_says():

@@ -1,5 +1,8 @@
 import math
+import subprocess
+import sys
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -21,10 +24,10 @@ def test_the_job_trains_both_prints_a_table_and_writes_a_figure(tmp_path, capsys
         assert all(math.isfinite(number) for number in numbers)
         assert -64 * math.log(2) < r.log_likelihood < 0
         assert r.stderr > 0 and 1 <= r.ess <= quickstart.FINAL_PARTICLES
-        assert 1 <= r.seconds < 5 and r.steps >= 1
+        assert 1 <= r.seconds < 5 and r.steps >= 1 and r.before > 0
         assert len(r.curve) == quickstart.CURVE_POINTS
         assert r.samples.shape == r.reconstructions.shape == (quickstart.SHOWN, 64)
-        assert r.samples.isfinite().all() and r.reconstructions.isfinite().all()
+        assert np.isfinite(r.samples).all() and np.isfinite(r.reconstructions).all()
     printed = capsys.readouterr().out
     assert "64-48-24-12" in printed and "NaturalRWS" in printed
 
@@ -40,6 +43,19 @@ def test_wrong_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         quickstart.main(wrong)
     assert wrong[0] in capsys.readouterr().err
+
+
+def test_the_job_needs_no_jax(tmp_path):
+    program = (
+        "import sys; sys.modules.update(jax=None, numpyro=None); sys.argv[0] = 'quickstart'; "
+        "import runpy; runpy.run_module('pyro_helmholtz.quickstart', run_name='__main__')"
+    )
+    options = ["--seconds", "0.1", "--layers", "4", "--output", str(tmp_path)]
+    command = [sys.executable, "-c", program, *options]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "digits.png").exists()
+    done = subprocess.run([*command, "--backend", "numpyro"], capture_output=True, text=True)
+    assert done.returncode == 1 and "--backend numpyro needs its host" in done.stderr
 
 
 def test_network_is_a_plain_pair_of_pyro_programs():
@@ -64,7 +80,7 @@ def test_batches_visit_every_datum_once_in_a_pass():
 
 
 def test_mosaic_of_an_odd_number_of_images():
-    images = torch.ones(3, 6)
+    images = np.ones((3, 6))
     mosaic = quickstart._mosaic(images, (2, 3))
     assert mosaic.shape == (2 * 4, 2 * 5)
     assert mosaic.sum() == images.sum() and (mosaic[1:3, 1:4] == 1).all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyro_helmholtz as ph
-from pyro_helmholtz.optimise import JointStep
+from pyro_helmholtz.optimiser import JointStep
 
 OPTIMISERS = {
     "sgd": ("SGD", {"lr": 0.1}),

@@ -1,0 +1,246 @@
+"""What is refused, and how it is said: every error names the site.
+
+Structure (sites, plates, supports, shapes) is checked whenever the programs are traced, also
+inside ``jit``. What depends on values (NaN data, values outside a support) is counted there as
+well, and raised outside of it, where the counts are concrete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import Array
+
+Site = dict[str, Any]
+Trace = Mapping[str, Site]
+PARTICLES = "num_particles_vectorized"
+
+
+def stochastic_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
+    """Sample sites, the ones that carry probability, in their order."""
+    for name, site in trace.items():
+        if site["type"] == "sample":
+            yield name, site
+
+
+def latents(trace: Trace) -> dict[str, Site]:
+    """The sites that were sampled, not observed."""
+    return {name: site for name, site in stochastic_sites(trace) if not site["is_observed"]}
+
+
+def _innermost(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def _support(site: Site) -> Any:
+    """The support of a site's elements, whatever of them makes an event."""
+    support = site["fn"].support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def is_factor(fn: Any) -> bool:
+    """Whether a site is a ``numpyro.factor``."""
+    return isinstance(_innermost(fn), dist.Unit)
+
+
+def check_sites(trace: Trace, program: str) -> None:
+    """Refuse enumeration marks.
+
+    Raises:
+        ValueError: naming the site and the program it stands in.
+    """
+    for name, site in stochastic_sites(trace):
+        mark = site["infer"].get("enumerate")
+        if mark:
+            raise ValueError(
+                f"site {name!r} of the {program} is marked for enumeration "
+                f"(infer={{'enumerate': {mark!r}}}). These estimators "
+                "sample discrete latents: remove the mark or config_enumerate."
+            )
+
+
+def _plates(site: Site) -> set[str]:
+    return {f.name for f in site["cond_indep_stack"] if f.name != PARTICLES}
+
+
+def check_against_model(model: Trace, guide: Trace) -> None:
+    """Refuse a guide whose latents, plates or supports are not the model's.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    in_model, in_guide = latents(model), latents(guide)
+    for name in in_model:
+        if name not in in_guide:
+            raise ValueError(
+                f"latent site {name!r} of the model is missing from the guide, which has "
+                f"{sorted(in_guide)}. Every latent needs a sample site in the guide."
+            )
+    for name in in_guide:
+        if name not in in_model:
+            observed = name in model and model[name]["type"] == "sample"
+            what = "is observed there" if observed else f"has {sorted(in_model)}"
+            raise ValueError(f"site {name!r} of the guide is no latent of the model, which {what}.")
+    for name, site in in_guide.items():
+        other = in_model[name]
+        if _plates(site) != _plates(other):
+            raise ValueError(
+                f"latent site {name!r} stands in the plates {sorted(_plates(site))} of the guide "
+                f"but in {sorted(_plates(other))} of the model. Both need the same plates."
+            )
+        _check_support(name, site, other)
+
+
+def _check_support(name: str, guide: Site, model: Site) -> None:
+    if guide["fn"].event_dim != model["fn"].event_dim:
+        raise ValueError(
+            f"latent site {name!r} has event_dim {guide['fn'].event_dim} in the guide but "
+            f"{model['fn'].event_dim} in the model. Use the same to_event in both."
+        )
+    ours, theirs = guide["fn"].support, model["fn"].support
+    if ours.is_discrete != theirs.is_discrete:
+        raise ValueError(
+            f"latent site {name!r} has support {ours} in the guide but {theirs} in the model."
+        )
+
+
+def check_observations(trace: Trace) -> None:
+    """Refuse a program without observations, and an empty batch.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    observed = {name: site for name, site in stochastic_sites(trace) if site["is_observed"]}
+    if not observed:
+        raise ValueError(
+            "the model has no observed site. Condition it on data: "
+            "numpyro.sample(name, distribution, obs=x)."
+        )
+    for name, site in observed.items():
+        if np.size(site["value"]) == 0 and not is_factor(site["fn"]):
+            raise ValueError(
+                f"observed site {name!r} got an empty batch of shape {np.shape(site['value'])}."
+            )
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["count"], meta_fields=["message"])
+@dataclass(frozen=True)
+class Problem:
+    """Something that may be wrong with values; a pytree.
+
+    Attributes:
+        count: how many values are. message: with ``{count}`` in it.
+    """
+
+    count: Array
+    message: str
+
+
+def problems(model: Trace, guide: Trace) -> list[Problem]:
+    """NaN data, data outside their support, and latents that the model's support excludes."""
+    found: list[Problem] = []
+    for name, site in stochastic_sites(model):
+        if site["is_observed"] and not is_factor(site["fn"]):
+            found += _in_data(name, site)
+    in_model = latents(model)
+    for name, site in latents(guide).items():
+        ours, theirs = _support(site), _support(in_model[name])
+        if type(ours) is not type(theirs):
+            message = (
+                f"latent site {name!r}: the guide draws values with support {ours}, {{count}} of "
+                f"which lie outside the model's support {theirs}."
+            )
+            found.append(Problem(jnp.sum(~theirs(site["value"])), message))
+    return found
+
+
+def _in_data(name: str, site: Site) -> Iterator[Problem]:
+    value, fn = site["value"], site["fn"]
+    missing = jnp.zeros((), int)
+    if jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        missing = jnp.sum(jnp.isnan(value))
+        message = (
+            f"observed site {name!r} has {{count}} NaN values in its "
+            "data. Put a finite placeholder there and mask the entries (handlers.mask)."
+        )
+        yield Problem(missing, message)
+    support, kind = _support(site), type(_innermost(fn)).__name__
+    outside = jnp.sum(~jnp.asarray(support(value)))
+    message = (
+        f"observed site {name!r}: {{count}} values lie outside the support {support} of {kind}."
+    )
+    yield Problem(jnp.where(missing > 0, 0, outside), message)
+
+
+def raise_for(found: list[Problem]) -> None:
+    """Raise the first problem that there is; where counts are tracers, none is seen.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    for problem in found:
+        if not isinstance(problem.count, jax.core.Tracer) and int(problem.count):
+            raise ValueError(problem.message.replace("{count}", str(int(problem.count))))
+
+
+@contextmanager
+def blame_data(args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Where programs break on empty data, say that instead of the host's error.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if hasattr(value, "shape") and np.size(value) == 0:
+                raise ValueError(
+                    f"the data are an empty batch: argument {key!r} of the programs has shape "
+                    f"{np.shape(value)}."
+                ) from error
+        raise
+
+
+def check_declared(site: Site, shape: tuple[int, ...], ndim: float, what: str) -> None:
+    """Refuse batch dimensions that no plate declares.
+
+    Args:
+        site: of a trace. shape: over its batch. ndim: how many dimensions there may be.
+        what: the shape's name in the message.
+
+    Raises:
+        ValueError: naming the site, its shape and its plates.
+    """
+    declared = {f.dim: f.size for f in site["cond_indep_stack"]}
+    for dim in range(-len(shape), 0):
+        size = shape[dim]
+        if (size != 1 and declared.get(dim) != size) or -dim > ndim:
+            raise ValueError(
+                f"site {site['name']!r} has {what} of shape {shape}, "
+                f"but dimension {dim} (size {size}) belongs to no plate of it: it has "
+                f"{ {f.name: (f.dim, f.size) for f in site['cond_indep_stack']} }. "
+                "Declare the dimension by numpyro.plate or by .to_event(...)."
+            )
+
+
+def check_program(name: str, program: Callable) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        TypeError: naming which of the two it is.
+    """
+    if not callable(program):
+        raise TypeError(f"the {name} must be a NumPyro program, got {program!r}.")

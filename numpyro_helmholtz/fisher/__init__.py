@@ -1,0 +1,1 @@
+"""The Fisher information of a program: families → evidence → blocks → memory → solve."""

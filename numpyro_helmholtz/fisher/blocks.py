@@ -1,0 +1,283 @@
+"""Blocks of the Fisher matrix as operators: ``matvec``, ``diagonal``, ``dense``, ``solve``.
+
+A ``UnitBlock`` holds one layer: all units share the features ``U`` (n, l), each has its own
+coefficients ``Q`` (n, units), and ``F_j = Uᵀ diag(Q_j) U``. Memory is n·(l + units). Units
+that are vectors (categorical logits, coupled families) have (d, d) coefficients and blocks of
+size d·l. Whatever has no such form is a ``MatrixFreeBlock``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..columns import Columns
+from . import solvers
+from .eigenbasis import EigenBasis
+from .solvers import Solution
+
+Array = Any
+Arrays = Mapping[str, Array]
+
+
+@dataclass
+class Component:
+    """One vector component of a block's units.
+
+    Attributes:
+        names, columns: the parameters side by side. units: which rows of them, or None for all.
+    """
+
+    names: list[str]
+    columns: list[Columns]
+    units: np.ndarray | None = None
+
+
+@dataclass
+class UnitBlock:
+    """One block per unit over shared features.
+
+    Attributes:
+        sites: the sites that the parameters feed. kind: affine, convolution, …, direct.
+        components: d of them. features: (n, l). coefficients: (n, units) or (n, units, d, d).
+        exact: the information. how: where it comes from.
+        basis, scales: of earlier batches, or None for those of this one.
+        solver: the form. tolerance: of iterative solves.
+    """
+
+    sites: list[str]
+    kind: str
+    components: list[Component]
+    features: Array
+    coefficients: Array
+    exact: bool = True
+    how: str = "closed form"
+    basis: EigenBasis | None = None
+    scales: Array | None = None
+    solver: str = "unit"
+    tolerance: float = 1e-2
+
+    @property
+    def site(self) -> str:
+        """Names of the sites that the parameters feed."""
+        return ", ".join(self.sites)
+
+    @property
+    def params(self) -> list[str]:
+        """Names of the parameters."""
+        return list(dict.fromkeys(name for c in self.components for name in c.names))
+
+    @property
+    def key(self) -> str:
+        """What identifies the block from batch to batch."""
+        return " + ".join(self.params)
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """What changes from batch to batch, a pytree."""
+        return {name: getattr(self, name) for name in _ARRAYS}
+
+    def with_arrays(self, arrays: Mapping[str, Any]) -> UnitBlock:
+        """The same block with other arrays."""
+        return replace(self, **arrays)
+
+    @property
+    def d(self) -> int:
+        """Number of components of a unit."""
+        return len(self.components)
+
+    @property
+    def units(self) -> int:
+        """Number of blocks."""
+        return int(self.coefficients.shape[1])
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the features."""
+        return int(self.features.shape[0])
+
+    @property
+    def fan_in(self) -> int:
+        """Number of features, the bias included."""
+        return int(self.features.shape[1])
+
+    @property
+    def size(self) -> int:
+        """Rows of one block."""
+        return self.d * self.fan_in
+
+    def gather(self, arrays: Arrays) -> Array:
+        """Parameters' arrays by name as (units, size)."""
+        rows = []
+        for component in self.components:
+            parts = [
+                c.to_units(arrays[n])
+                for n, c in zip(component.names, component.columns, strict=True)
+            ]
+            row = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+            rows.append(row if component.units is None else row[component.units])
+        return rows[0] if len(rows) == 1 else jnp.concatenate(rows, 1)
+
+    def scatter(self, x: Array) -> dict[str, Array]:
+        """The inverse of ``gather``."""
+        flat: dict[str, Array] = {}
+        matrices: dict[str, Array] = {}
+        columns: dict[str, Columns] = {}
+        for i, component in enumerate(self.components):
+            piece = x[:, i * self.fan_in : (i + 1) * self.fan_in]
+            start = 0
+            for name, column in zip(component.names, component.columns, strict=True):
+                width = column.shape[1]
+                value = piece[:, start : start + width]
+                start += width
+                if component.units is None:
+                    flat[name] = column.to_leaf(value)
+                    continue
+                known = matrices.get(name, jnp.zeros(column.shape, x.dtype))
+                matrices[name] = known.at[component.units].set(value)
+                columns[name] = column
+        return flat | {name: columns[name].to_leaf(m) for name, m in matrices.items()}
+
+    # the operator
+
+    def matvec(self, v: Array) -> Array:
+        """``F v``, (units, size) → (units, size)."""
+        return _product(self.features, self.coefficients, v)
+
+    def diagonal(self) -> Array:
+        """The diagonal of every block, (units, size)."""
+        q = self._own_coefficients()
+        return jnp.einsum("ngi,nl->gil", q, self.features**2).reshape(self.units, self.size)
+
+    def dense(self) -> Array:
+        """All blocks, (units, size, size)."""
+        u, q = self.features, self.coefficients
+        if q.ndim == 2:
+            return (q.T[:, None, :] * u.T) @ u
+        value = jnp.einsum("ngij,nk,nl->gikjl", q, u, u)
+        return value.reshape(self.units, self.size, self.size)
+
+    def mean_block(self) -> Array:
+        """``Σ_n Σ_j tr(Q_nj) u_n u_nᵀ``, (fan-in, fan-in): all units together."""
+        weight = self._own_coefficients().sum((1, 2))
+        return (self.features * weight[:, None]).T @ self.features
+
+    def features_scale(self) -> Array:
+        """The diagonal of ``mean_block``, (fan-in,)."""
+        return self._own_coefficients().sum((1, 2)) @ self.features**2
+
+    def unit_scales(self) -> Array:
+        """``s_j = Σ_n Q_nj``, (units,) or (units, d, d)."""
+        return self.coefficients.sum(0)
+
+    def _own_coefficients(self) -> Array:
+        """Coefficients of each component with itself, (n, units, d)."""
+        q = self.coefficients
+        return q[..., None] if q.ndim == 2 else jnp.diagonal(q, axis1=-2, axis2=-1)
+
+    # solves
+
+    def solve(self, g: Array, damping: Array | float) -> Array:
+        """``(1+α)(αI + F)⁻¹ g``, (units, size), by the block's solver."""
+        return self.solution(g, damping).x
+
+    def method(self) -> str:
+        """The solver's name, for the structure report."""
+        if self.solver == "diagonal":
+            return "diagonal"
+        if self.solver == "kronecker":
+            return "Kronecker (shared eigenbasis, unit scales)"
+        if self.size <= solvers.CHOLESKY_SIZE:
+            return "Cholesky"
+        over = " over samples" if self._few_rows() else ""
+        return f"conjugate gradients{over} to {self.tolerance:g}"
+
+    def needs_basis(self, rows: int) -> bool:
+        """Whether exact blocks are solved in an eigenbasis, given so many rows."""
+        return self.size > solvers.CHOLESKY_SIZE and not self._few_rows(rows)
+
+    def _few_rows(self, rows: int | None = None) -> bool:
+        rows = self.rows if rows is None else rows
+        return self.d == 1 and solvers.FEW * rows <= self.fan_in
+
+    def solution(self, g: Array, damping: Array | float) -> Solution:
+        """As ``solve``, with the number of iterations and the error."""
+        if self.solver == "diagonal":
+            return Solution((1 + damping) * g / (damping + self.diagonal()))
+        if self.solver == "kronecker":
+            basis, scales = self._basis_and_scales()
+            return Solution((1 + damping) * basis.inverse(g, scales, damping))
+        if self.size <= solvers.CHOLESKY_SIZE:
+            return solvers.direct(self.dense(), g, damping)
+        if self._few_rows():
+            return solvers.over_rows(self.features, self.coefficients, g, damping, self.tolerance)
+        if self.d > 1 or self.rows * self.fan_in * self.units < solvers.LARGE:
+            return self._in_eigenbasis(g, damping)
+        return self._without_idle_rows(g, damping)
+
+    def _without_idle_rows(self, g: Array, damping: Array | float) -> Solution:
+        """Leave out rows of negligible weight where most are such.
+
+        Particles of negligible weight cost as much as the others and change nothing. A
+        quarter or half of the rows serve, solved in their own space, if in every block the
+        others' share of ``α + tr F_j`` is below a quarter of the tolerance.
+        """
+        square = (self.features**2).sum(1)
+        order = jnp.argsort(-self.coefficients.max(1) * square)
+        total = square @ self.coefficients
+
+        def idle(count: int) -> Array:
+            rest = order[count:]
+            left = square[rest] @ self.coefficients[rest]
+            return (left <= self.tolerance / 4 * (damping + total)).all()
+
+        def over(count: int, g: Array) -> Solution:
+            u, q = self.features[order[:count]], self.coefficients[order[:count]]
+            return solvers.over_rows(u, q, g, damping, self.tolerance)
+
+        counts = [c for c in (self.rows // 4, self.rows // 2) if c < self.fan_in]
+        which = sum((~idle(c)).astype(int) for c in counts)
+        branches = [partial(over, c) for c in counts]
+        return lax.switch(which, [*branches, lambda g: self._in_eigenbasis(g, damping)], g)
+
+    def _basis_and_scales(self) -> tuple[EigenBasis, Array]:
+        scales = self.unit_scales() if self.scales is None else self.scales
+        if self.basis is not None:
+            return self.basis, scales
+        return EigenBasis.of(self.mean_block() / mean_scale(scales)), scales
+
+    def _in_eigenbasis(self, g: Array, damping: Array | float) -> Solution:
+        """Conjugate gradients with everything turned into the shared eigenbasis once."""
+        basis, scales = self._basis_and_scales()
+        turned = self.features @ basis.vectors
+        solution = solvers.conjugate_gradients(
+            lambda v: _product(turned, self.coefficients, v),
+            basis.to(g),
+            damping,
+            basis.scaled_inverse(scales, damping),
+            self.tolerance,
+        )
+        return solution._replace(x=basis.back(solution.x))
+
+
+_ARRAYS = ("features", "coefficients", "basis", "scales")
+
+
+def _product(u: Array, q: Array, v: Array) -> Array:
+    """``Σ_n u_n Q_nj u_nᵀ v_j`` for all units."""
+    if q.ndim == 2:
+        return ((v @ u.T) * q.T) @ u
+    inner = v.reshape(q.shape[1], q.shape[2], -1) @ u.T
+    return (jnp.einsum("ngij,gjn->gin", q, inner) @ u).reshape(v.shape)
+
+
+def mean_scale(scales: Array) -> Array:
+    """``Σ_j s_j``, the divisor that makes the mean block a mean of features."""
+    total = scales.sum() if scales.ndim == 1 else jnp.trace(scales, axis1=-2, axis2=-1).sum()
+    return jnp.maximum(total, jnp.finfo(scales.dtype).tiny)

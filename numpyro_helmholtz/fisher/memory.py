@@ -1,0 +1,269 @@
+"""Which batches the Fisher matrix of a step comes from.
+
+The Fisher matrix of a step is estimated from *earlier* minibatches: from the same one, the
+solve shrinks the gradient along exactly the samples that it came from. ``"lagged"`` keeps the
+previous batch, ``"average"`` a ring of batches (running means for the Kronecker form),
+``"same"`` is for comparison, ``"dream"`` takes the model's blocks from dreams.
+
+What is kept is a pytree of fixed shapes (``Kept``); what it is kept by is static (``Memory``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .assemble import Block
+from .blocks import UnitBlock, mean_scale
+from .eigenbasis import EigenBasis
+from .matrix_free import MatrixFreeBlock
+from .statistics import Statistics, renewed
+
+Array = Any
+FORMS = ("unit", "diagonal", "kronecker")
+SAMPLES = ("lagged", "average", "same", "dream")
+RING = 8
+DECAY = 0.99
+
+
+@dataclass
+class Fisher:
+    """The Fisher matrix of a step.
+
+    Attributes:
+        blocks: with disjoint parameters. damping: α.
+    """
+
+    blocks: list[Block]
+    damping: Array | float
+
+    def solve(self, gradient: Mapping[str, Array]) -> dict[str, Array]:
+        """``(1+α)(αI + F)⁻¹ g`` by name; parameters without a block keep their gradient."""
+        result = dict(gradient)
+        for block in self.blocks:
+            if not all(name in gradient for name in block.params):
+                continue
+            x = block.solve(block.gather(gradient), self.damping)
+            result |= block.scatter(x)
+        return result
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["batches", "held", "statistics"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Kept:
+    """What a memory keeps, a pytree.
+
+    Attributes:
+        batches: how many have come. held: the arrays of each block that are kept, by its key;
+            with a leading dimension of batches where there is a ring.
+        statistics: of each layer that has any, by its key.
+    """
+
+    batches: Array
+    held: dict[str, Any]
+    statistics: dict[str, Statistics]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The batches that the next step's Fisher matrix comes from.
+
+    Args:
+        form: one of ``FORMS``. samples: one of ``SAMPLES``.
+        ring: batches kept by "average". decay: of the Kronecker form's running means.
+        tolerance: relative error of iterative solves. mean_every: see ``statistics.renewed``.
+    """
+
+    form: str
+    samples: str
+    ring: int = RING
+    decay: float = DECAY
+    tolerance: float = 1e-2
+    mean_every: int = 4
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"fisher={self.form!r}: supported are {', '.join(map(repr, FORMS))}.")
+        if self.samples not in SAMPLES:
+            raise ValueError(
+                f"fisher_samples={self.samples!r}: supported are {', '.join(map(repr, SAMPLES))}."
+            )
+
+    # which parts are kept
+
+    def _holds(self, block: Block) -> bool:
+        """Whether batches of a block are kept as they are."""
+        if self.samples == "same":
+            return False
+        return self.form != "kronecker" or isinstance(block, MatrixFreeBlock)
+
+    def _rings(self, block: Block) -> bool:
+        """Whether several batches of a block are kept."""
+        return self.samples == "average" and self._holds(block)
+
+    @property
+    def _running(self) -> bool:
+        """Whether a layer's statistics are means over batches, not of one batch."""
+        return self.form == "unit" or self.samples == "average"
+
+    def _has_statistics(self, block: Block) -> bool:
+        if not isinstance(block, UnitBlock) or self.form == "diagonal":
+            return False
+        if self.form == "kronecker":
+            return self.samples != "same"
+        rows = block.rows * (self.ring if self._rings(block) else 1)
+        return block.needs_basis(rows)
+
+    def start(self, blocks: list[Block]) -> Kept:
+        """Before the first batch; only the shapes of the blocks' arrays are read."""
+        held = {}
+        for block in blocks:
+            if self._holds(block):
+                arrays = _kept_arrays(block)
+                count = (self.ring,) if self._rings(block) else ()
+                held[block.key] = jax.tree.map(partial(_zeros, count), arrays)
+        statistics = {
+            block.key: Statistics.empty(block)
+            for block in blocks
+            if isinstance(block, UnitBlock) and self._has_statistics(block)
+        }
+        return Kept(jnp.zeros((), jnp.int32), held, statistics)
+
+    def remember(self, kept: Kept, blocks: list[Block]) -> Kept:
+        """Take in a batch; a ring of batches of another shape is begun anew."""
+        if self._misfit(kept, blocks):
+            kept = self.start(blocks)
+        held = dict(kept.held)
+        statistics = dict(kept.statistics)
+        for block in blocks:
+            if self._holds(block):
+                arrays = _kept_arrays(block)
+                if self._rings(block):
+                    at = kept.batches % self.ring
+                    arrays = jax.tree.map(partial(_into_ring, at), held[block.key], arrays)
+                held[block.key] = arrays
+        layers = [b for b in blocks if isinstance(b, UnitBlock) and self._has_statistics(b)]
+        if self._running:
+            statistics |= renewed(statistics, layers, kept.batches, self.decay, self.mean_every)
+        else:
+            statistics |= {block.key: Statistics.of(block) for block in layers}
+        return Kept(kept.batches + 1, held, statistics)
+
+    def _misfit(self, kept: Kept, blocks: list[Block]) -> bool:
+        """Whether a ring holds batches of another shape."""
+        return any(
+            self._rings(block)
+            and _shapes(jax.tree.map(lambda x: x[0], kept.held[block.key]))
+            != _shapes(_kept_arrays(block))
+            for block in blocks
+        )
+
+    def fisher(self, kept: Kept, current: list[Block], damping: Array | float) -> Fisher:
+        """The matrix for a step whose own batch gave ``current``."""
+        return Fisher([self._recall(kept, block) for block in current], damping)
+
+    def _recall(self, kept: Kept, block: Block) -> Block:
+        first = kept.batches == 0
+        held = kept.held.get(block.key)
+        if held is not None and self._rings(block):
+            block = self._from_ring(block, kept, held)
+        elif held is not None:
+            block = _lagged(block, held, first)
+        if isinstance(block, MatrixFreeBlock):
+            return replace(block, tolerance=self.tolerance)
+        block = replace(block, solver=self.form, tolerance=self.tolerance)
+        known = kept.statistics.get(block.key)
+        if known is None:
+            return block
+        if self.form == "unit":
+            return replace(block, basis=known.basis)
+        # Before the first batch the basis is that of the features themselves.
+        scales = block.unit_scales()
+        values = block.features_scale() / mean_scale(scales)
+        basis = EigenBasis(jnp.where(first, values, known.basis.values), known.basis.vectors)
+        return replace(block, basis=basis, scales=jnp.where(first, scales, known.scales))
+
+    def _from_ring(self, block: Block, kept: Kept, held: dict[str, Any]) -> Block:
+        """The mean over the batches in a ring; the block's own where it is empty."""
+        own, fits = _kept_arrays(block), not self._misfit(kept, [block])
+        filled = jnp.clip(kept.batches, 1, self.ring)
+        shares = jnp.where(jnp.arange(self.ring) < filled, 1.0, 0.0) / filled
+        if isinstance(block, MatrixFreeBlock):
+            if not fits:
+                return block
+            # Empty places hold nothing that a program can run on.
+            taken = jnp.arange(self.ring) < kept.batches
+            ring = jax.tree.map(partial(_where, taken), held, own)
+            return block.with_arrays({**ring, "shares": shares})
+        empty = kept.batches == 0
+        ring = jax.tree.map(partial(_into_empty_ring, empty), held, own) if fits else held
+        u, q = ring["features"], ring["coefficients"]
+        q = q * shares.astype(q.dtype).reshape(-1, *(1,) * (q.ndim - 1))
+        rows = {
+            "features": u.reshape(-1, u.shape[-1]),
+            "coefficients": q.reshape(-1, *q.shape[2:]),
+        }
+        return block.with_arrays(rows) if fits else _lagged(block, rows, empty)
+
+
+def _lagged(block: Block, held: dict[str, Any], first: Array) -> Block:
+    """A block on the batch that is held; on its own where none has come."""
+    own = _kept_arrays(block)
+    if _shapes(own) == _shapes(held):
+        return block.with_arrays(jax.tree.map(partial(jnp.where, first), own, held))
+    if isinstance(block, MatrixFreeBlock):
+        return block
+    # Of another shape: one below the other, of which one counts.
+    u = jnp.concatenate([own["features"], held["features"]])
+    counts = [own["coefficients"] * first, held["coefficients"] * ~first]
+    return block.with_arrays({"features": u, "coefficients": jnp.concatenate(counts)})
+
+
+def _kept_arrays(block: Block) -> dict[str, Any]:
+    """The arrays of a block that make up its batch."""
+    names = ("features", "coefficients") if isinstance(block, UnitBlock) else ("recipes",)
+    return {name: jax.tree.map(_strong, block.arrays[name]) for name in names}
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _strong(x: Any) -> Array:
+    """An array whose type does not depend on where it came from."""
+    return x if _is_key(x) else lax.convert_element_type(x, jnp.result_type(x))
+
+
+def _zeros(lead: tuple[int, ...], x: Array) -> Array:
+    return lax.full(lead + x.shape, 0, x.dtype)
+
+
+def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    return jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)]
+
+
+def _into_ring(at: Array, ring: Array, x: Array) -> Array:
+    return ring.at[at].set(x)
+
+
+def _where(taken: Array, ring: Array, x: Array) -> Array:
+    """A ring with ``x`` in every place that is not taken."""
+    return jnp.where(taken.reshape(-1, *(1,) * x.ndim), ring, x)
+
+
+def _into_empty_ring(empty: Array, ring: Array, x: Array) -> Array:
+    """A ring whose first place is ``x`` where no batch has come."""
+    return ring.at[0].set(jnp.where(empty, x, ring[0]))
+
+
+__all__ = ["FORMS", "SAMPLES", "Fisher", "Kept", "Memory", "Statistics"]

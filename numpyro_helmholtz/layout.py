@@ -1,0 +1,97 @@
+"""Which dimensions separate the data, and which scales the data carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .checks import PARTICLES, stochastic_sites
+
+Site = dict[str, Any]
+Trace = Mapping[str, Site]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["num_data", "common_scale"],
+    meta_fields=["shared", "ndim"],
+)
+@dataclass(frozen=True)
+class Layout:
+    """Which plates separate the data, and how many data there are.
+
+    Attributes:
+        shared: dimension of each plate that all sites share, negative, in ascending order.
+        ndim: number of batch dimensions, particles included.
+        num_data: sum of the data's scales (the divisor of every direction).
+        common_scale: the scale that the bound of a datum carries.
+    """
+
+    shared: tuple[int, ...]
+    ndim: int
+    num_data: Any
+    common_scale: Any
+
+    @classmethod
+    def of(cls, trace: Trace, max_plate_nesting: int) -> Layout:
+        """Of one program's trace."""
+        sites = [site for _, site in stochastic_sites(trace)]
+        stacks = [
+            {f.name: f for f in site["cond_indep_stack"] if f.name != PARTICLES} for site in sites
+        ]
+        names = set.intersection(*map(set, stacks)) if stacks else set()
+        plated = [set(stack) for stack in stacks if stack]
+        data_plates = set.intersection(*plated) if plated else set()
+        frames = {name: frame for stack in stacks for name, frame in stack.items()}
+        shared = tuple(sorted(frames[name].dim for name in names))
+
+        def full_size(name: str) -> int:
+            plate = trace.get(name)
+            return plate["args"][0] if plate is not None else frames[name].size
+
+        full: Any = math.prod(float(full_size(name)) for name in data_plates)
+        subsample = math.prod(full_size(name) / frames[name].size for name in names)
+        users = [_users_scale(site) for site in sites]
+        common: Any = subsample
+        if users and all(_equal(users[0], other) for other in users[1:]):
+            common = subsample if _is_one(users[0]) else users[0] * subsample
+            if names == data_plates and names and not _is_one(users[0]):
+                full = full * jnp.mean(users[0])
+        return cls(shared, max_plate_nesting + 1, full, common)
+
+    def reduce(self, value: jax.Array) -> jax.Array:
+        """Sum a batch-shaped array to one number per particle and datum, shape (K, data...)."""
+        value = value.reshape((1,) * (self.ndim - value.ndim) + value.shape)
+        keep = {self.ndim + dim for dim in self.shared} | {0}
+        drop = tuple(d for d in range(self.ndim) if d not in keep)
+        return value.sum(drop, keepdims=True) if drop else value
+
+
+def site_scale(site: Site) -> Any:
+    """The scale of a site: plates' and ``handlers.scale``'s together; 1.0 for none."""
+    return 1.0 if site["scale"] is None else site["scale"]
+
+
+def _users_scale(site: Site) -> Any:
+    """What ``handlers.scale`` contributes, without the plates."""
+    scale = site.get("plate_to_scale", {}).get(None)
+    return 1.0 if scale is None else scale
+
+
+def _is_one(scale: Any) -> bool:
+    return isinstance(scale, float | int) and scale == 1
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+        return False
+    return np.shape(one) == np.shape(other) and bool(np.allclose(one, other, rtol=1e-9, atol=0))

@@ -1,0 +1,68 @@
+"""What happens to the sites of a program while it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpyro
+from jax import lax
+from numpyro.primitives import Messenger
+
+from .checks import is_factor
+
+
+class Constants(Messenger):
+    """Make every sample a constant; enter it outside ``handlers.trace``."""
+
+    def postprocess_message(self, msg: Any) -> None:
+        """Cut the gradient of a sample."""
+        if msg["type"] == "sample":
+            msg["value"] = lax.stop_gradient(msg["value"])
+            msg["intermediates"] = []  # they would carry the gradient of the sampler
+
+
+class Particles(numpyro.plate):
+    """K particles in one dimension; parameters and subsamples do not see it."""
+
+    def process_message(self, msg: Any) -> None:
+        """Widen a sample site.
+
+        Raises:
+            ValueError: sites inside NumPyro's own control flow.
+        """
+        if msg["type"] == "control_flow":
+            raise ValueError(
+                "scan and cond of numpyro.contrib.control_flow cannot run with many particles. "
+                "Write the sample sites of the steps in a Python loop."
+            )
+        if msg["type"] in ("sample", "plate", "deterministic"):
+            super().process_message(msg)
+
+    def postprocess_message(self, msg: Any) -> None:
+        """Nothing: the host's would look for the plate's dimension in parameters."""
+
+
+class Dreaming(Messenger):
+    """Turn observed sites into sampled ones, and remember what was observed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observed: dict[str, Any] = {}
+
+    def process_message(self, msg: Any) -> None:
+        """Have an observed site drawn.
+
+        Raises:
+            ValueError: a factor, naming it.
+        """
+        if msg["type"] != "sample" or not msg["is_observed"]:
+            return
+        if is_factor(msg["fn"]):
+            raise ValueError(
+                f"site {msg['name']!r} is a numpyro.factor: a program with factors cannot dream, "
+                "so it has no sleep phase. Use RWS with sleep_weight=0, or write the factor as "
+                "an observed sample site."
+            )
+        self.observed[msg["name"]] = msg["value"]
+        msg["is_observed"] = False
+        msg["value"] = None

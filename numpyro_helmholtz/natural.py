@@ -1,0 +1,228 @@
+"""Natural reweighted wake-sleep: the RWS direction behind the inverse Fisher matrix.
+
+``x = (1+α)(αI + F)⁻¹ g`` per block (Várady 2025, sections 5.1 to 5.3), with F from earlier
+minibatches; the result replaces the gradient before any optimiser.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax, random
+from numpyro.optim import optax_to_numpyro
+
+from .arguments import Arguments
+from .diagnostics import Structure, describe
+from .estimators.base import Pass
+from .estimators.reweighted import RWS_ELBO
+from .fisher.assemble import Block, assemble
+from .fisher.memory import Fisher, Kept, Memory
+from .parameters import Params, parameters, rebuild
+from .recipe import Recipe
+from .svi import Directions, HelmholtzState, HelmholtzSVI
+
+Schedule = float | Callable[[Array], Array]
+DAMPING = 0.2
+LEARNING_RATE = 0.02
+MOMENTUM = 0.9
+FORM = "kronecker"
+TOLERANCE = 1e-2
+
+
+class NaturalRWS(HelmholtzSVI):
+    """Reweighted wake-sleep with natural gradients.
+
+    Args:
+        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
+        num_particles, sleep_weight, sleep_scale, baseline, max_plate_nesting, dream_args: see
+            ``RWS_ELBO``.
+        damping: α > 0, or a schedule ``fn(step) -> α`` in terms of ``jax.numpy``.
+        fisher: "unit" (exact blocks), "diagonal" or "kronecker".
+        fisher_samples: "lagged" (the previous minibatch), "average" (several), "same" (the
+            present one, for comparison) or "dream" (the model's blocks from dreams). None is
+            "average" for the Kronecker form, whose running means cost nothing more, and
+            "lagged" for the others.
+        refresh_every: take in a minibatch every so many steps (the thesis's K-step). None is 4
+            for the Kronecker form with "average", whose running means hardly feel it, else 1.
+        tolerance: relative error of iterative solves.
+        kl_clip: largest ``½ xᵀFx``, a bound on the divergence of a step of rate one; the
+            direction is shrunk to meet it. None for no bound.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: Any = None,
+        num_particles: int = 10,
+        *,
+        damping: Schedule = DAMPING,
+        fisher: str = FORM,
+        refresh_every: int | None = None,
+        fisher_samples: str | None = None,
+        sleep_weight: float = 0.5,
+        sleep_steps: int = 1,
+        sleep_scale: float = 1.0,
+        baseline: bool = True,
+        tolerance: float = TOLERANCE,
+        kl_clip: float | None = None,
+        max_plate_nesting: float = math.inf,
+        dream_args: Callable | None = None,
+    ) -> None:
+        estimator = RWS_ELBO(
+            num_particles,
+            sleep_weight=sleep_weight,
+            sleep_scale=sleep_scale,
+            baseline=baseline,
+            max_plate_nesting=max_plate_nesting,
+            dream_args=dream_args,
+        )
+        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
+        if not callable(damping) and not damping > 0:
+            raise ValueError(f"damping must be positive, got {damping!r}.")
+        if fisher_samples is None:
+            fisher_samples = "average" if fisher == "kronecker" else "lagged"
+        if refresh_every is None:
+            refresh_every = 4 if (fisher, fisher_samples) == ("kronecker", "average") else 1
+        if not (isinstance(refresh_every, int) and refresh_every >= 1):
+            raise ValueError(f"refresh_every must be an int of at least 1, got {refresh_every!r}.")
+        if kl_clip is not None and not kl_clip > 0:
+            raise ValueError(f"kl_clip must be positive or None, got {kl_clip!r}.")
+        if not tolerance > 0:
+            raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
+        self.damping, self.refresh_every, self.kl_clip = damping, refresh_every, kl_clip
+        every = max(1, 4 // refresh_every)
+        self.memory = Memory(fisher, fisher_samples, tolerance=tolerance, mean_every=every)
+        self._looked = jax.jit(self._look, static_argnames="made")
+        self._made: dict[tuple, _Made] = {}
+
+    def default_optimiser(self) -> Any:
+        """SGD of rate 0.02 with Nesterov momentum 0.9."""
+        return optax_to_numpyro(optax.sgd(LEARNING_RATE, momentum=MOMENTUM, nesterov=True))
+
+    def _alpha(self, step: Any) -> Any:
+        return self.damping(step) if callable(self.damping) else self.damping
+
+    # the hooks of the base
+
+    def _fisher_init(
+        self, rng_key: Array, params: Params, args: tuple, kwargs: dict, mutable: Params
+    ) -> Kept:
+        made: list[Block] = []
+
+        def run(rng_key: Array, params: Params) -> Array:
+            _, done = self.estimator.run(self.programs, rng_key, params, args, kwargs, mutable)
+            made.extend(self._blocks(replace(done, params=params, rng_key=rng_key)))
+            return jnp.zeros(())
+
+        jax.eval_shape(run, rng_key, params)
+        return self.memory.start(made)
+
+    def _direction(self, done: Pass, gradient: Params, memory: Kept) -> tuple[Params, Kept]:
+        assert done.step is not None
+        blocks = self._blocks(done)
+        leaves = parameters(gradient)
+        fisher = self.memory.fisher(memory, blocks, self._alpha(done.step))
+        natural = self._clip(leaves, fisher.solve(leaves), fisher.damping)
+        if done.model is not None:
+            memory = self._remember(memory, blocks, done.step)
+        return rebuild(natural, gradient), memory
+
+    def _remember(self, memory: Kept, blocks: list[Block], step: Array) -> Kept:
+        def take_in() -> Kept:
+            return self.memory.remember(memory, blocks)
+
+        # A batch of another shape is taken in whenever it comes.
+        same = _signature(jax.eval_shape(take_in)) == _signature(memory)
+        if self.refresh_every == 1 or not same:
+            return take_in()
+        return lax.cond(step % self.refresh_every == 0, take_in, lambda: memory)
+
+    def _clip(self, g: dict[str, Array], x: dict[str, Array], alpha: Any) -> dict[str, Array]:
+        """Shrink to ``½ xᵀFx ≤ kl_clip``, by ``xᵀFx = (1+α) gᵀx − α xᵀx``."""
+        if self.kl_clip is None:
+            return x
+        gx = sum((g[n] * x[n]).sum() for n in x)
+        xx = sum((x[n] ** 2).sum() for n in x)
+        divergence = 0.5 * ((1 + alpha) * gx - alpha * xx)
+        over = divergence > self.kl_clip
+        shrink = jnp.where(over, jnp.sqrt(self.kl_clip / jnp.where(over, divergence, 1)), 1)
+        return {name: shrink * value for name, value in x.items()}
+
+    def _blocks(self, done: Pass) -> list[Block]:
+        """The blocks of this batch; those of the guide alone in an extra sleep step."""
+        assert done.params is not None
+        recipes = [recipe for recipe in (done.model, done.guide) if recipe is not None]
+        if not recipes:
+            recipes = [recipe for recipe in (done.dream,) if recipe is not None]
+        elif self.memory.samples == "dream":
+            recipes[0] = self._dreams(done)
+        return assemble(recipes, self.programs, done.params)
+
+    def _dreams(self, done: Pass) -> Recipe:
+        """The model on dreams of its own."""
+        assert done.model is not None and done.rng_key is not None and done.params is not None
+        args, kwargs = done.model.args, done.model.kwargs
+        mutable = done.model.mutable
+        key = random.fold_in(done.rng_key, 2)
+        dream = self.programs.dream(key, done.params, args, kwargs, mutable=mutable)
+        return Recipe.of_dream("model", dream, args, kwargs, mutable)
+
+    # looking
+
+    def directions(self, state: HelmholtzState, *args: Any, **kwargs: Any) -> Directions:
+        """The gradient, the natural direction and the operator between them.
+
+        The Fisher matrix is that of the next update: from earlier minibatches where there are
+        any, else from this one. Updates nothing.
+
+        Raises:
+            ValueError: a program or data that cannot be trained so, naming the site.
+        """
+        self._check_data(state, args, kwargs)
+        arguments = Arguments.of((args, kwargs))
+        made = self._made.setdefault(_signature((state, arguments)), _Made())
+        gradient, natural, loss, arrays, damping = self._looked(state, arguments, made=made)
+        blocks = [b.with_arrays(a) for b, a in zip(made.blocks, arrays, strict=True)]
+        return Directions(gradient, natural, Fisher(blocks, damping), loss)
+
+    def _look(self, state: HelmholtzState, arguments: Arguments, made: _Made) -> tuple:
+        """What ``directions`` returns, as arrays; ``made`` takes what is static."""
+        args, kwargs = arguments.rebuilt()
+        done, gradient = self._pass(state, args, kwargs)
+        leaves = parameters(gradient)
+        fisher = self.memory.fisher(state.memory, self._blocks(done), self._alpha(state.step))
+        natural = self._clip(leaves, fisher.solve(leaves), fisher.damping)
+        made.blocks = fisher.blocks
+        arrays = [block.arrays for block in fisher.blocks]
+        return leaves, natural, done.loss, arrays, jnp.asarray(fisher.damping)
+
+    def structure(self, rng_key: Array, *args: Any, **kwargs: Any) -> Structure:
+        """Every parameter, the site that it feeds, its block and its solver; print it."""
+        state = self.init(rng_key, *args, **kwargs)
+        made = _Made()
+        look = partial(self._look, made=made)
+        jax.eval_shape(look, state, Arguments.of((args, kwargs)))
+        return describe(made.blocks, parameters(self._optimiser.params(state.optim_state)))
+
+
+class _Made:
+    """The blocks of a compiled call; only what is static in them is of use."""
+
+    blocks: Sequence[Block] = ()
+
+
+def _signature(tree: Any) -> tuple:
+    """Equal for trees that one compiled call serves."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in leaves)

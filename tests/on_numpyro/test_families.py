@@ -1,0 +1,189 @@
+"""The Fisher information of every family against the outer product of its scores."""
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+import pytest
+from jax import random
+from jax.scipy.special import polygamma
+
+import numpyro_helmholtz as nh
+from numpyro_helmholtz.fisher import families
+
+from .oracles import KEY, arguments, close, natural, program, score_information
+
+A, B, P = jnp.array([-1.3, 0.2, 2.0]), jnp.array([0.6, 1.1, 2.3]), jnp.array([0.1, 0.5, 0.83])
+CASES = {
+    "bernoulli logits": lambda: dist.Bernoulli(logits=A),
+    "bernoulli probs": lambda: dist.Bernoulli(probs=P),
+    "geometric logits": lambda: dist.Geometric(logits=A),
+    "geometric probs": lambda: dist.Geometric(probs=P),
+    "normal": lambda: dist.Normal(A, B),
+    "poisson": lambda: dist.Poisson(B),
+    "exponential": lambda: dist.Exponential(B),
+    "categorical logits": lambda: dist.Categorical(logits=jnp.stack([A, B])),
+    "von mises": lambda: dist.VonMises(A, B),
+    "gamma": lambda: dist.Gamma(1.0 + B, B),
+    "beta": lambda: dist.Beta(1.0 + B, 1.5 + P),
+}
+
+
+def assembled(fn):
+    """The information as one (*batch, d, d) matrix over the arguments in order."""
+    info, exact, how = families.information(fn)
+    names = arguments(fn)
+    if set(info) == set(names) and info[names[0]].ndim > len(fn.batch_shape):
+        return info[names[0]], exact, how
+    matrix = jnp.zeros((*fn.batch_shape, len(names), len(names)))
+    for key, value in info.items():
+        where = [names.index(n) for n in ((key,) if isinstance(key, str) else key)]
+        value = value[..., None, None] if isinstance(key, str) else value
+        for i, a in enumerate(where):
+            for j, b in enumerate(where):
+                matrix = matrix.at[..., a, b].set(value[..., i, j])
+    return matrix, exact, how
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_closed_forms_equal_quadrature(name):
+    fn = CASES[name]()
+    matrix, exact, how = assembled(fn)
+    assert exact and how == "closed form"
+    close(matrix, score_information(fn), 1e-9)
+
+
+def test_binomial_and_multinomial_count_their_draws():
+    for one, many in (
+        (dist.Bernoulli(logits=A), dist.Binomial(7, logits=A)),
+        (dist.Bernoulli(probs=P), dist.Binomial(7, probs=P)),
+        (dist.Categorical(logits=A[None]), dist.Multinomial(7, logits=A[None])),
+        (dist.Categorical(probs=P[None] / P.sum()), dist.Multinomial(7, probs=P[None] / P.sum())),
+    ):
+        (a,), (b,) = (families.information(fn)[0].values() for fn in (one, many))
+        close(b, 7 * a, 1e-12)
+
+
+def test_categorical_probabilities_agree_along_the_simplex():
+    fn = dist.Categorical(probs=jax.nn.softmax(jnp.stack([A, B]), -1))
+    matrix, exact, _ = assembled(fn)
+    along = jnp.eye(3) - 1 / 3
+    close(along @ matrix @ along, along @ score_information(fn) @ along, 1e-12)
+    assert exact
+
+
+def test_laplace_information_is_that_of_both_arguments():
+    # The score in loc is a sign: its square is one everywhere.
+    info, exact, _ = families.information(dist.Laplace(A, B))
+    close(info["loc"], B**-2, 1e-12)
+    close(info["scale"], B**-2, 1e-12)
+    assert exact
+
+
+def test_multivariate_normal_location():
+    factor = jnp.tril(random.normal(KEY, (3, 3))) + 3 * jnp.eye(3)
+    info, _, _ = families.information(dist.MultivariateNormal(A, scale_tril=factor))
+    close(info["loc"], jnp.linalg.inv(factor @ factor.T), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["normal", "gamma"])
+def test_kl_route_equals_the_closed_form(name):
+    fn = CASES[name]()
+    info = families._from_kl(fn, families.argument_names(fn))
+    (value,) = info.values()
+    close(value, score_information(fn), 1e-9)
+
+
+def test_kl_route_of_a_dirichlet():
+    fn = dist.Dirichlet(jnp.stack([B, B + 1]))
+    info, exact, how = families.information(fn)
+    assert exact and "KL" in how
+    a = fn.concentration
+    truth = polygamma(1, a)[..., None] * jnp.eye(3) - polygamma(1, a.sum(-1))[:, None, None]
+    close(info["concentration"], truth, 1e-9)
+
+
+def test_score_route_is_near_and_inexact():
+    fn = dist.Normal(A, B)
+    estimate = families._from_scores(fn, ["loc", "scale"], KEY)["loc", "scale"]
+    error = jnp.abs(estimate - score_information(fn)) * B[:, None, None] ** 2
+    # Standard errors at 512 samples: sqrt(2/512) = 0.06 and sqrt(56/512) = 0.33.
+    assert float(error[..., 0, 0].max()) < 0.3 and float(error[..., 1, 1].max()) < 1.4
+    _, exact, how = families.information(dist.StudentT(B + 3, A, B))
+    assert not exact and "scores" in how
+
+
+@pytest.mark.parametrize("value", [-40.0, 40.0, 700.0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_saturated_units_keep_a_finite_information(value, dtype):
+    logits = jnp.array([value], dtype)
+    for fn in (
+        dist.Bernoulli(logits=logits),
+        dist.Categorical(logits=jnp.stack([logits, -logits], -1)),
+        dist.VonMises(logits, jnp.abs(logits)),
+        dist.VonMises(logits, jnp.abs(logits) * 1e-9),
+    ):
+        for info in families.information(fn)[0].values():
+            assert bool(jnp.isfinite(info).all())
+    info = families.information(dist.Bernoulli(logits=jnp.array([20.0], jnp.float32)))[0]["logits"]
+    assert float(info[0]) == pytest.approx(2.0611536e-09, rel=1e-4)
+
+
+def test_unwrapping_takes_off_every_wrapper():
+    fn = dist.Normal(A, B).mask(jnp.array([True, False, True])).to_event(1).expand([4])
+    fn = dist.TransformedDistribution(fn, [dist.transforms.ExpTransform()])
+    base = families.unwrap(fn)
+    assert type(base.fn).__name__ == "Normal"
+    assert len(base.transforms) == 1 and len(base.masks) == 1
+    assert families.unwrap(dist.LogNormal(A, B)).fn.loc is not None
+
+
+# the registry ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+
+
+@pytest.mark.parametrize("wrong", [None, "Normal", dist.Normal(0.0, 1.0), lambda: 0])
+def test_register_fisher_refuses_what_is_no_class(rules, wrong):
+    with pytest.raises(TypeError, match="register_fisher needs a distribution class"):
+        nh.register_fisher(wrong)
+
+
+def test_register_fisher_returns_the_rule_and_serves_subclasses(rules):
+    class Mine(dist.Normal):
+        pass
+
+    assert families.information(Mine(A, B))[2] == "closed form"
+
+    @nh.register_fisher(Mine)
+    def rule(d):
+        """Own text."""
+        return {"loc": 7 * jnp.ones_like(d.loc)}
+
+    assert rule.__doc__ == "Own text."
+    close(families.information(Mine(A, B))[0]["loc"], 7 * jnp.ones_like(A), 0)
+    close(families.information(dist.Normal(A, B))[0]["loc"], B**-2, 1e-12)
+
+
+def test_a_matrix_argument_without_a_rule_is_an_error_that_says_how_to_give_one(rules):
+    class Correlated(dist.MultivariateNormal):
+        pass
+
+    families._RULES.pop(dist.MultivariateNormal)
+    with pytest.raises(NotImplementedError, match="@register_fisher"):
+        families.information(Correlated(A, scale_tril=jnp.eye(3)))
+
+
+def test_an_error_of_a_users_rule_reaches_the_user(rules):
+    class Mine(dist.Normal):
+        pass
+
+    @nh.register_fisher(Mine)
+    def rule(d):
+        raise RuntimeError("my own mistake")
+
+    model, guide, x = program(lambda h, w: Mine(w.layer("a", h, 2), 1.0).to_event(1))
+    with pytest.raises(RuntimeError, match="my own mistake"):
+        natural(model, guide).init(KEY, x)

@@ -1,0 +1,589 @@
+"""Fisher blocks of programs against brute force, in float64."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax import lax, random
+from numpyro import handlers
+
+import numpyro_helmholtz as nh
+from numpyro_helmholtz.fisher import eigenbasis, families, solvers
+from numpyro_helmholtz.parameters import parameters
+
+from .oracles import KEY, check, close, from_blocks, natural, program
+from .programs import bernoulli, log_bernoulli, patterns
+
+DRAWS = np.random.default_rng(11)
+
+
+def draw(*shape):
+    return jnp.asarray(DRAWS.normal(size=shape))
+
+
+def kinds(directions):
+    return {p: b.kind for b in directions.fisher.blocks for p in b.params}
+
+
+# exactness by enumeration ----------------------------------------------------------------------
+
+
+class AllStates(dist.BernoulliLogits):
+    """Every state once, along the particles, each with the same probability."""
+
+    def __init__(self, table, shape=(2,)):
+        self.table = table
+        super().__init__(logits=jnp.zeros(shape), validate_args=False)
+
+    def expand(self, batch_shape):
+        return AllStates(self.table, batch_shape)
+
+    def sample(self, key, sample_shape=()):
+        if len(self.batch_shape) < 3:  # a run without particles
+            return jnp.zeros(self.batch_shape)
+        return jnp.broadcast_to(self.table, self.batch_shape)
+
+
+STARTS = {
+    "prior": draw(2),
+    "mid.w": draw(2, 2),
+    "mid.b": draw(2),
+    "low.w": draw(2, 3),
+    "low.b": draw(3),
+    "skip": draw(2, 3),
+}
+
+
+def conditionals(p, h2, h1):
+    low = h1 @ p["low.w"] + p["low.b"] + h2 @ p["skip"]
+    return p["prior"], h2 @ p["mid.w"] + p["mid.b"], low
+
+
+def exact_network():
+    """A sigmoid belief network with a skip, and a guide that enumerates its latents."""
+    table = patterns(4)[:, None]
+
+    def model(x, scale):
+        p = {name: numpyro.param(name, value) for name, value in STARTS.items()}
+        with numpyro.plate("data", len(x)), handlers.scale(scale=scale):
+            h2 = bernoulli("h2", p["prior"]).astype(float)
+            h1 = bernoulli("h1", h2 @ p["mid.w"] + p["mid.b"]).astype(float)
+            bernoulli("x", conditionals(p, h2, h1)[2], obs=x)
+
+    def guide(x, scale):
+        with numpyro.plate("data", len(x)), handlers.scale(scale=scale):
+            numpyro.sample("h2", AllStates(table[..., :2]).to_event(1))
+            numpyro.sample("h1", AllStates(table[..., 2:]).to_event(1))
+
+    return model, guide, len(table)
+
+
+def log_joint(p, x, h1, h2):
+    logits = conditionals(p, h2, h1)
+    return sum(log_bernoulli(a, v) for a, v in zip(logits, (h2, h1, x), strict=True))
+
+
+def test_model_blocks_are_the_joint_fisher_matrix_by_enumeration():
+    model, guide, states = exact_network()
+    x, every = patterns(3), patterns(7)
+
+    def one(p, v):
+        return log_joint(p, v[:3], v[3:5], v[5:])
+
+    log_p, grads = jax.vmap(jax.value_and_grad(one), (None, 0))(STARTS, every)
+    scores = np.concatenate([np.asarray(grads[n]).reshape(128, -1) for n in sorted(grads)], 1)
+    p = np.exp(log_p)
+    assert abs(p.sum() - 1) < 1e-12
+    truth = np.einsum("n,ni,nj->ij", p, scores, scores)
+    # Data drawn from the model itself: every x once, scaled by its probability.
+    svi = natural(model, guide, num_particles=states, sleep_weight=0.0)
+    scale = jnp.asarray(p.reshape(8, -1).sum(1) * len(x))
+    state = svi.init(KEY, x, scale)
+    directions = svi.directions(state, x, scale)
+    got = from_blocks(directions.fisher, STARTS)
+    close(got, truth, 1e-9)
+    # What lies outside the blocks is zero in the truth, not only in ours.
+    outside = (np.asarray(got) == 0) & ~np.eye(len(truth), dtype=bool)
+    assert np.abs(truth[outside]).max() < 1e-12 and outside.mean() > 0.4
+    # The direction is the gradient of log p(x): zero in expectation under the model.
+    for g in directions.gradient.values():
+        close(g, jnp.zeros_like(g), 1e-10)
+
+
+def test_model_blocks_on_data_use_the_exact_posterior():
+    model, guide, states = exact_network()
+    x = patterns(3)[jnp.array([1, 6, 6])]
+    svi = natural(model, guide, num_particles=states, sleep_weight=0.0)
+    scale = jnp.ones(3)
+    directions = svi.directions(svi.init(KEY, x, scale), x, scale)
+    (block,) = [b for b in directions.fisher.blocks if b.site == "x"]
+    h = patterns(4)
+    h2, h1 = h[:, :2], h[:, 2:]
+    truth = 0.0
+    for datum in x:
+        posterior = jax.nn.softmax(log_joint(STARTS, datum, h1, h2))
+        low = conditionals(STARTS, h2, h1)[2]
+        c = jax.nn.sigmoid(low) * jax.nn.sigmoid(-low)
+        order = {"low.w": h1, "skip": h2, "low.b": jnp.ones((len(h), 1))}
+        u = jnp.concatenate([order[n] for n in block.params], 1)
+        truth = truth + jnp.einsum("s,sj,sa,sb->jab", posterior, c, u, u) / 3
+    close(block.dense(), truth, 1e-10)
+
+
+# families in programs --------------------------------------------------------------------------
+
+
+def halves(a):
+    return jnp.split(a, 2, -1)
+
+
+def normal_halves(h, w):
+    loc, raw = halves(w.layer("a", h, 4))
+    return dist.Normal(loc, jax.nn.softplus(raw)).to_event(1)
+
+
+def gamma_two(h, w):
+    a = jax.nn.softplus(w.layer("a", h, 2)) + 0.4
+    return dist.Gamma(a, jnp.exp(w.layer("b", h, 2))).to_event(1)
+
+
+def gamma_one(h, w):
+    a, b = halves(w.layer("a", h, 4))
+    return dist.Gamma(jax.nn.softplus(a) + 0.4, jnp.exp(b)).to_event(1)
+
+
+def beta_one(h, w):
+    a, b = halves(jax.nn.softplus(w.layer("a", h, 4)) + 1.5)
+    return dist.Beta(a, b).to_event(1)
+
+
+def reshaped(h, w):
+    return w.layer("a", h, 6).reshape(*h.shape[:-1], 2, 3)
+
+
+def logits(h, w):
+    return dist.Bernoulli(logits=w.layer("a", h, 2)).to_event(1)
+
+
+def tied(h, w):
+    v = w("a.w", 3, 2)
+    return dist.Bernoulli(logits=jnp.tanh(h @ v) @ v.T).to_event(1)
+
+
+def normed(h, w):
+    v = w("a.w", 3, 2)
+    return dist.Bernoulli(logits=h @ (v / jnp.linalg.norm(v, axis=0))).to_event(1)
+
+
+def mlp(h, w):
+    return dist.Bernoulli(logits=w.layer("b", jnp.tanh(w.layer("a", h, 2)), 2)).to_event(1)
+
+
+def positive_scale(h, w):
+    scale = numpyro.param("scale", 0.7 * jnp.ones(2), constraint=dist.constraints.positive)
+    return dist.Normal(w.layer("a", h, 2), scale).to_event(1)
+
+
+SIGMOID = dist.transforms.SigmoidTransform()
+PROGRAMS = {
+    "bernoulli logits": (logits, "affine"),
+    "bernoulli probs": (
+        lambda h, w: dist.Bernoulli(probs=jax.nn.sigmoid(w.layer("a", h, 2))).to_event(1),
+        "affine",
+    ),
+    "normal loc": (lambda h, w: dist.Normal(w.layer("a", h, 2), 0.5).to_event(1), "affine"),
+    "normal scale exp": (
+        lambda h, w: dist.Normal(0.0, jnp.exp(w.layer("a", h, 2))).to_event(1),
+        "affine",
+    ),
+    "normal half log": (
+        lambda h, w: dist.Normal(w.layer("a", h, 2), jnp.exp(0.5 * w.layer("b", h, 2))).to_event(1),
+        "affine",
+    ),
+    "normal halves": (normal_halves, "affine"),
+    "positive scale": (positive_scale, "affine"),
+    "poisson": (lambda h, w: dist.Poisson(jnp.exp(w.layer("a", h, 2))).to_event(1), "affine"),
+    "geometric": (lambda h, w: dist.Geometric(logits=w.layer("a", h, 2)).to_event(1), "affine"),
+    "categorical": (lambda h, w: dist.Categorical(logits=w.layer("a", h, 4)), "affine"),
+    "categorical reshaped": (
+        lambda h, w: dist.Categorical(logits=reshaped(h, w)).to_event(1),
+        "affine",
+    ),
+    "categorical softmax": (
+        lambda h, w: dist.Categorical(probs=jax.nn.softmax(w.layer("a", h, 3))),
+        "affine",
+    ),
+    "categorical log-softmax": (
+        lambda h, w: dist.Categorical(logits=jax.nn.log_softmax(w.layer("a", h, 3))),
+        "affine",
+    ),
+    "von mises": (
+        lambda h, w: dist.VonMises(w.layer("a", h, 2), jnp.exp(w.layer("b", h, 2))).to_event(1),
+        "affine",
+    ),
+    "gamma two": (gamma_two, "affine"),
+    "gamma one": (gamma_one, "affine"),
+    "beta one": (beta_one, "affine"),
+    "beta half": (
+        lambda h, w: dist.Beta(jax.nn.softplus(w.layer("a", h, 2)) + 1.0, 2.0).to_event(1),
+        "affine",
+    ),
+    "exponential": (
+        lambda h, w: dist.Exponential(jnp.exp(w.layer("a", h, 2))).to_event(1),
+        "affine",
+    ),
+    "lognormal": (lambda h, w: dist.LogNormal(w.layer("a", h, 2), 0.7).to_event(1), "affine"),
+    "transformed": (
+        lambda h, w: dist.TransformedDistribution(
+            dist.Normal(w.layer("a", h, 2), 0.7), [SIGMOID]
+        ).to_event(1),
+        "affine",
+    ),
+    "masked elements": (
+        lambda h, w: (
+            dist.Bernoulli(logits=w.layer("a", h, 3))
+            .mask(jnp.array([True, False, True]))
+            .to_event(1)
+        ),
+        "affine",
+    ),
+    "skip": (
+        lambda h, w: dist.Bernoulli(
+            logits=w.layer("a", h[..., :2], 2) - 2 * w.layer("b", h, 2, bias=False)
+        ).to_event(1),
+        "affine",
+    ),
+    "positions": (
+        lambda h, w: dist.Bernoulli(logits=w.layer("a", jnp.stack([h, 1 - h], -2), 2)).to_event(2),
+        "affine",
+    ),
+    "mlp": (mlp, "site"),
+    "tied": (tied, "site"),
+    "normed weight": (normed, "site"),
+    "shared shift": (
+        lambda h, w: dist.Bernoulli(logits=w.layer("a", h, 2, bias=False) + w("a.shift")).to_event(
+            1
+        ),
+        "site",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_equals_brute_force(name):
+    site, kind = PROGRAMS[name]
+    model, guide, x = program(site)
+    directions = check(natural(model, guide), x)
+    of = kinds(directions)
+    assert {k for n, k in of.items() if n[:2] in ("a.", "b.")} == {kind}
+    assert of["prior"] == "direct" and of["up.w"] == "affine"
+    assert set(of) == set(directions.gradient)
+    assert all(block.exact for block in directions.fisher.blocks)
+    names = [p for b in directions.fisher.blocks for p in b.params]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", ["categorical reshaped", "gamma two", "skip"])
+def test_conjugate_gradients_equal_a_dense_solve(name, monkeypatch):
+    monkeypatch.setattr(solvers, "CHOLESKY_SIZE", 0)
+    check(natural(*program(PROGRAMS[name][0])[:2]), program(PROGRAMS[name][0])[2])
+
+
+@pytest.mark.parametrize("large", [0, 1 << 60])
+def test_solves_over_rows_equal_a_dense_solve(large, monkeypatch):
+    """Wide layers: fewer rows than features, rows of no weight, the eigenbasis."""
+    monkeypatch.setattr(solvers, "LARGE", large)
+    model, guide, x = program(logits, latents=12, batch=3)
+    svi = natural(model, guide, num_particles=8)
+    found = check(svi, x)
+    methods = {b.method() for b in found.fisher.blocks}
+    assert any("conjugate gradients to" in m for m in methods)
+    wide, narrow, y = program(logits, latents=2, batch=2)
+
+    def guide(x):
+        features = jnp.concatenate([jnp.cos(i * x.astype(float)) for i in range(20)], -1)
+        with numpyro.plate("data", len(x)):
+            v = numpyro.param("v", lambda key: random.normal(key, (features.shape[-1], 2)))
+            bernoulli("h", features @ v)
+
+    found = check(natural(wide, guide, num_particles=1), y)
+    assert any("over samples" in b.method() for b in found.fisher.blocks)
+
+
+def test_idle_rows_are_left_out_within_the_tolerance(monkeypatch):
+    monkeypatch.setattr(solvers, "LARGE", 0)
+    rng = np.random.default_rng(0)
+    u = jnp.asarray(rng.normal(size=(40, 24)))
+    q = jnp.asarray(rng.uniform(size=(40, 6)) * np.where(np.arange(40) < 7, 0.1, 1e-8)[:, None])
+    block = nh.fisher.blocks.UnitBlock(["x"], "affine", [None], u, q)
+    g = jnp.asarray(rng.normal(size=(6, 24)))
+    exact = np.linalg.solve(0.1 * np.eye(24) + block.dense(), 1.1 * g[..., None])[..., 0]
+    x = block.solve(g, 0.1)
+    assert 0 < np.linalg.norm(x - exact) < 1e-2 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("name", ["categorical reshaped", "gamma one", "mlp"])
+@pytest.mark.parametrize("fisher", ["unit", "diagonal", "kronecker"])
+def test_large_damping_gives_the_gradient(name, fisher):
+    model, guide, x = program(PROGRAMS[name][0])
+    svi = natural(model, guide, fisher=fisher, damping=lambda step: jnp.where(step < 0, 0, 1e12))
+    d = svi.directions(svi.init(KEY, x), x)
+    for key in d.gradient:
+        close(d.natural[key], d.gradient[key], 1e-9)
+    if fisher == "diagonal" and name != "mlp":
+        for block in d.fisher.blocks:
+            g = block.gather(d.gradient)
+            diagonal = jnp.diagonal(block.dense(), axis1=1, axis2=2)
+            close(block.solve(g, 0.3), 1.3 * g / (0.3 + diagonal), 1e-12)
+
+
+def test_kronecker_solve_is_the_shared_eigenbasis():
+    model, guide, x = program(logits)
+    d = natural(model, guide, fisher="kronecker").directions
+    svi = natural(model, guide, fisher="kronecker")
+    d = svi.directions(svi.init(KEY, x), x)
+    (block,) = [b for b in d.fisher.blocks if b.site == "x"]
+    u, q = np.asarray(block.features), np.asarray(block.coefficients)
+    mean = np.einsum("nj,na,nb->ab", q, u, u) / q.sum()
+    g = np.asarray(block.gather(d.gradient))
+    for j, s in enumerate(q.sum(0)):
+        truth = np.linalg.solve(0.2 * np.eye(4) + s * mean, 1.2 * g[j])
+        close(block.gather(d.natural)[j], truth, 1e-10)
+
+
+def test_truncated_eigenbasis_drops_what_is_below_the_damping(monkeypatch):
+    monkeypatch.setattr(eigenbasis, "WIDE", 16)
+    rng = np.random.default_rng(0)
+    g, scales = jnp.asarray(rng.normal(size=(5, 32))), jnp.asarray(rng.uniform(size=5))
+    q, _ = np.linalg.qr(rng.normal(size=(32, 32)))
+    for kept in (1, 3, 7, 15, 32):
+        values = np.where(np.arange(32) >= 32 - kept, 5.0, 1e-5)
+        basis = eigenbasis.EigenBasis(jnp.asarray(values), jnp.asarray(q))
+        full = np.stack([np.linalg.inv(0.2 * np.eye(32) + s * (q * values) @ q.T) for s in scales])
+        truth = np.einsum("jab,jb->ja", full, g)
+        close(jax.jit(basis.inverse)(g, scales, 0.2), truth, 1e-3)
+
+
+# layers ----------------------------------------------------------------------------------------
+
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+CONVOLUTIONS = {
+    "conv": (
+        lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "VALID", dimension_numbers=NHWC),
+        (3, 3, 2),
+        (2, 2, 2, 3),
+    ),
+    "stride and padding": (
+        lambda x, k: lax.conv_general_dilated(
+            x, k, (2, 2), [(1, 1), (1, 1)], dimension_numbers=NHWC
+        ),
+        (4, 3, 2),
+        (3, 3, 2, 3),
+    ),
+    "transposed": (
+        lambda x, k: lax.conv_transpose(x, k, (2, 2), "SAME"),
+        (2, 2, 2),
+        (3, 3, 2, 3),
+    ),
+    "one dimension": (
+        lambda x, k: lax.conv_general_dilated(
+            x, k, (1,), "VALID", dimension_numbers=("NHC", "HIO", "NHC")
+        ),
+        (4, 2),
+        (2, 2, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_equal_brute_force(name):
+    apply, shape, kernel = CONVOLUTIONS[name]
+
+    def site(h, w):
+        maps = apply(h.reshape(-1, *shape), w("a.k", *kernel)) + w("a.c", kernel[-1])
+        maps = maps.reshape(*h.shape[:-1], *maps.shape[1:])
+        return dist.Bernoulli(logits=maps).to_event(len(shape))
+
+    model, guide, x = program(site, latents=math.prod(shape), batch=2)
+    d = check(natural(model, guide, num_particles=2), x, tolerance=1e-10)
+    (block,) = [b for b in d.fisher.blocks if b.site == "x"]
+    assert block.kind == ("transposed convolution" if name == "transposed" else "convolution")
+    assert (block.units, block.size) == (3, math.prod(kernel[:-1]) + 1)
+
+
+def test_one_layer_at_two_sites():
+    v, c, up = draw(2, 2), draw(2), draw(2, 4)
+    x = jnp.asarray(DRAWS.integers(0, 2, (4, 2)), float)
+
+    def model(x):
+        v_, c_ = numpyro.param("v", v), numpyro.param("c", c)
+        with numpyro.plate("data", len(x)):
+            a = bernoulli("a", jnp.zeros(2)).astype(float)
+            b = bernoulli("b", a @ v_ + c_).astype(float)
+            bernoulli("x", b @ v_ + c_, obs=x)
+
+    def guide(x):
+        a, b = halves(x @ numpyro.param("up", up))
+        with numpyro.plate("data", len(x)):
+            bernoulli("a", a)
+            bernoulli("b", b)
+
+    d = check(natural(model, guide), x)
+    (block,) = [b for b in d.fisher.blocks if "v" in b.params]
+    assert block.site == "b, x" and block.kind == "affine, shared by 2" and block.units == 2
+
+
+def test_skip_from_the_datum_and_from_the_particles():
+    low, top, skip, down = draw(3, 4), draw(2, 2), draw(3, 2), draw(2, 3)
+    x = jnp.asarray(DRAWS.integers(0, 2, (4, 3)), float)
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            h = bernoulli("a", jnp.zeros(2)) + bernoulli("b", jnp.zeros(2))
+            bernoulli("x", h.astype(float) @ numpyro.param("down", down), obs=x)
+
+    def guide(x):
+        with numpyro.plate("data", len(x)):
+            a = bernoulli("a", (x @ numpyro.param("low", low))[..., :2])
+            logits = a.astype(float) @ numpyro.param("top", top)
+            bernoulli("b", logits + x @ numpyro.param("skip", skip))
+
+    d = check(natural(model, guide), x)
+    (block,) = [b for b in d.fisher.blocks if "skip" in b.params]
+    assert block.kind == "affine" and (block.units, block.size) == (2, 5)
+    # The first layer sees each datum once, not once for each particle.
+    (block,) = [b for b in d.fisher.blocks if "low" in b.params]
+    assert block.rows == 4
+
+
+# plates, scales and masks ----------------------------------------------------------------------
+
+
+def plated(mask=None, scale=1.0):
+    net, up, prior = draw(2, 3), draw(3, 2), draw(2)
+
+    def model(x):
+        net_, prior_ = numpyro.param("net", net), numpyro.param("prior", prior)
+        with numpyro.plate("data", len(x)), handlers.scale(scale=scale):
+            h = bernoulli("h", prior_).astype(float)
+            with handlers.mask(mask=True if mask is None else mask):
+                bernoulli("x", h @ net_, obs=x)
+
+    def guide(x):
+        with numpyro.plate("data", len(x)), handlers.scale(scale=scale):
+            bernoulli("h", x @ numpyro.param("up", up))
+
+    return natural(model, guide)
+
+
+def test_masked_data():
+    check(plated(mask=jnp.array([True, False, True, True, False])), patterns(3)[:5])
+
+
+def test_scale_common_and_per_datum():
+    x = patterns(3)[:4]
+    check(plated(scale=2.5), x, num_data=10.0, tolerance=1e-13)
+    weights = jnp.array([0.5, 1.0, 2.0, 0.1])
+    check(plated(scale=weights), x, num_data=float(weights.sum()))
+
+
+def test_nested_plates():
+    net, up = draw(2, 2), draw(2, 2)
+    x = jnp.asarray(DRAWS.integers(0, 2, (3, 4, 2)), float)
+
+    def model(x):
+        net_ = numpyro.param("net", net)
+        with numpyro.plate("data", 4, dim=-1):
+            h = bernoulli("h", jnp.zeros(2)).astype(float)
+            with numpyro.plate("views", 3, dim=-2):
+                bernoulli("x", h @ net_, obs=x)
+
+    def guide(x):
+        with numpyro.plate("data", 4, dim=-1):
+            bernoulli("h", x.mean(0) @ numpyro.param("up", up))
+
+    check(natural(model, guide), x, num_data=4)
+
+
+def test_a_latent_outside_the_data_plate():
+    net, loc = draw(2, 2), draw(2)
+    x = jnp.asarray(DRAWS.integers(0, 2, (3, 2)), float)
+
+    def model(x):
+        g = numpyro.sample("g", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+        with numpyro.plate("data", 3):
+            bernoulli("x", g @ numpyro.param("net", net), obs=x)
+
+    def guide(x):
+        numpyro.sample("g", dist.Normal(numpyro.param("loc", loc), 1.0).to_event(1))
+
+    check(natural(model, guide), x, data_dims=(), num_data=3)
+
+
+# routes to the information ---------------------------------------------------------------------
+
+
+def test_score_route_is_reported_as_inexact():
+    model, guide, x = program(lambda h, w: dist.StudentT(3.0, w.layer("a", h, 2), 1.0).to_event(1))
+    svi = natural(model, guide)
+    d = svi.directions(svi.init(KEY, x), x)
+    (block,) = [b for b in d.fisher.blocks if "a.w" in b.params]
+    assert not block.exact and "scores" in block.how
+    rows = {row.params: row for row in svi.structure(KEY, x)}
+    assert not rows[tuple(block.params)].exact
+    assert all(b.exact for b in d.fisher.blocks if b is not block)
+
+
+class Shifted(dist.Distribution):
+    """A normal that the library does not know."""
+
+    arg_constraints = {"where": dist.constraints.real}
+    support = dist.constraints.real
+
+    def __init__(self, where, validate_args=None):
+        self.where = where
+        super().__init__(jnp.shape(where), validate_args=validate_args)
+
+    def sample(self, key, sample_shape=()):
+        return self.where + 0.5 * random.normal(key, (*sample_shape, *self.batch_shape))
+
+    def log_prob(self, value):
+        return dist.Normal(self.where, 0.5).log_prob(value)
+
+
+def test_register_fisher_makes_a_users_distribution_exact(monkeypatch):
+    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+    model, guide, x = program(lambda h, w: Shifted(w.layer("a", h, 2)).to_event(1))
+    svi = natural(model, guide)
+    before = {row.site: row for row in svi.structure(KEY, x)}
+    assert not before["x"].exact
+
+    @nh.register_fisher(Shifted)
+    def rule(d):
+        return {"where": jnp.full_like(d.where, 4.0)}
+
+    info = lambda fn: 4.0 * jnp.ones((*fn.batch_shape, 1, 1))  # noqa: E731
+    truth = families.information
+
+    def oracle(fn):
+        if isinstance(fn, Shifted):
+            return info(fn)
+        assert isinstance(fn, dist.BernoulliLogits)
+        return truth(fn)[0]["logits"][..., None, None]
+
+    d = check(natural(model, guide), x, info=oracle)
+    assert next(b for b in d.fisher.blocks if b.site == "x").exact
+
+
+def test_solve_keeps_the_gradient_of_what_has_no_block():
+    model, guide, x = program(logits)
+    svi = natural(model, guide)
+    d = svi.directions(svi.init(KEY, x), x)
+    extra = dict(d.gradient) | {"other": jnp.ones(3)}
+    close(d.fisher.solve(extra)["other"], jnp.ones(3), 0)
+    assert set(parameters(svi.get_params(svi.init(KEY, x)))) == set(d.gradient)

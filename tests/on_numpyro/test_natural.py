@@ -1,0 +1,311 @@
+"""The options of NaturalRWS and the memory of its Fisher matrix."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import optax
+import pytest
+from jax import lax, random
+
+import numpyro_helmholtz as nh
+from numpyro_helmholtz.columns import Columns
+from numpyro_helmholtz.fisher.blocks import Component, UnitBlock
+from numpyro_helmholtz.fisher.statistics import Statistics, renewed
+from numpyro_helmholtz.parameters import parameters
+
+from .oracles import KEY, close, from_blocks, program
+from .programs import SBN
+from .test_fisher import PROGRAMS
+
+FORMS = ["unit", "diagonal", "kronecker"]
+SAMPLES = ["lagged", "average", "same", "dream"]
+X = jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).repeat(8, 0)
+
+
+def natural(rate=0.1, **options):
+    sbn = SBN()
+    options.setdefault("num_particles", 6)
+    return nh.NaturalRWS(sbn.model, sbn.guide, numpyro.optim.SGD(rate), **options), sbn
+
+
+def steps(svi, state, count, x=X):
+    """``count`` updates under ``lax.scan``."""
+    body = lambda s, _: svi.update(s, x)  # noqa: E731
+    return jax.jit(lambda s: lax.scan(body, s, None, count))(state)
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_and_every_sample_learns(form, samples):
+    svi, sbn = natural(fisher=form, fisher_samples=samples)
+    state = svi.init(KEY, X)
+    before = float(sbn.log_likelihood(svi.get_params(state), X).mean())
+    state, losses = steps(svi, state, 60)
+    assert bool(jnp.isfinite(losses).all())
+    assert float(sbn.log_likelihood(svi.get_params(state), X).mean()) > before + 0.3
+
+
+@pytest.mark.parametrize("samples", ["lagged", "average"])
+@pytest.mark.parametrize("form", FORMS)
+def test_programs_with_networks_train(form, samples):
+    model, guide, x = program(PROGRAMS["mlp"][0])
+    svi = nh.NaturalRWS(model, guide, fisher=form, fisher_samples=samples, num_particles=3)
+    state = svi.init(KEY, x)
+    before = svi.get_params(state)
+    state, losses = steps(svi, state, 3, x)
+    assert bool(jnp.isfinite(losses).all())
+    assert all(not jnp.array_equal(before[n], p) for n, p in svi.get_params(state).items())
+
+
+def test_single_precision_stays_single(monkeypatch):
+    with jax.enable_x64(False):
+        sbn = SBN()
+        sbn.values = {n: jnp.asarray(v, jnp.float32) for n, v in sbn.values.items()}
+        x = jnp.asarray(X, jnp.float32)
+        for form in FORMS:
+            svi = nh.NaturalRWS(sbn.model, sbn.guide, fisher=form, num_particles=3)
+            state, _ = steps(svi, svi.init(random.PRNGKey(0), x), 2, x)
+            for value in jax.tree.leaves((svi.get_params(state), state.memory)):
+                assert value.dtype in (jnp.float32, jnp.int32, jnp.uint32)
+                assert bool(jnp.isfinite(value).all())
+
+
+def test_damping_schedule():
+    svi, _ = natural(damping=lambda step: 0.5 / (1 + step))
+    state, _ = steps(svi, svi.init(KEY, X), 3)
+    assert float(svi.directions(state, X).fisher.damping) == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_much_damping_gives_the_gradient(form):
+    svi, _ = natural(fisher=form, damping=1e9)
+    state, _ = steps(svi, svi.init(KEY, X), 1)
+    found = svi.directions(state, X)
+    for name, g in found.gradient.items():
+        close(found.natural[name], g, 1e-7)
+
+
+def divergence(found):
+    total = 0.0
+    for block in found.fisher.blocks:
+        v = block.gather(found.natural)
+        total += 0.5 * float((v * block.matvec(v)).sum())
+    return total
+
+
+def test_kl_clip_bounds_the_step():
+    found = {}
+    for clip in (None, 1e-3, 1e6):
+        options = {"fisher": "unit", "fisher_samples": "same", "tolerance": 1e-10}
+        svi, _ = natural(damping=0.01, kl_clip=clip, **options)
+        found[clip] = svi.directions(svi.init(KEY, X), X)
+    assert divergence(found[None]) > 2e-3
+    assert divergence(found[1e-3]) == pytest.approx(1e-3, rel=1e-6)
+    for name, free in found[None].natural.items():
+        close(found[1e6].natural[name], free, 1e-12)
+        ratio = jnp.linalg.norm(found[1e-3].natural[name]) / jnp.linalg.norm(free)
+        assert 0 < float(ratio) < 1
+
+
+def test_refresh_every():
+    svi, _ = natural(fisher="unit", refresh_every=3)
+    state = svi.init(KEY, X)
+    step = jax.jit(svi.update)
+    taken = []
+    for _ in range(7):
+        state, _ = step(state, X)
+        taken.append(np.asarray(state.memory.held["p1.w + p1.b"]["coefficients"]))
+    changes = [i for i in range(1, 7) if not np.array_equal(taken[i], taken[i - 1])]
+    assert changes == [3, 6]
+
+
+def matrix(svi, found, state):
+    return from_blocks(found.fisher, svi._optimiser.params(state.optim_state))
+
+
+@pytest.mark.parametrize("name", ["bernoulli logits", "categorical"])
+def test_lagged_matrix_is_that_of_the_previous_batch(name):
+    model, guide, x = program(PROGRAMS[name][0])
+
+    def front(samples):
+        options = {"fisher": "unit", "fisher_samples": samples, "num_particles": 3}
+        return nh.NaturalRWS(model, guide, numpyro.optim.SGD(0.0), **options)
+
+    lagged, same = front("lagged"), front("same")
+    state = lagged.init(KEY, x)
+    first = matrix(lagged, lagged.directions(state, x), state)
+    own = same.directions(state._replace(memory=same.init(KEY, x).memory), x)
+    close(first, matrix(same, own, state), 1e-14)
+    state, _ = jax.jit(lagged.update)(state, x)
+    close(matrix(lagged, lagged.directions(state, x), state), first, 1e-14)
+    # Another batch of another size: still that of the batch before.
+    close(matrix(lagged, lagged.directions(state, x[1:]), state), first, 1e-14)
+    state, _ = jax.jit(lagged.update)(state, x[1:])
+    later = matrix(lagged, lagged.directions(state, x), state)
+    assert float(jnp.abs(later - first).max()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["bernoulli logits", "mlp"])
+def test_average_is_the_mean_of_the_batches_so_far(name):
+    model, guide, x = program(PROGRAMS[name][0])
+    options = {"fisher": "unit", "num_particles": 3}
+    zero = numpyro.optim.SGD(0.0)
+    average = nh.NaturalRWS(model, guide, zero, fisher_samples="average", **options)
+    same = nh.NaturalRWS(model, guide, zero, fisher_samples="same", **options)
+    state = average.init(KEY, x)
+    nothing = same.init(KEY, x).memory
+    step = jax.jit(average.update)
+    each = []
+    for count in range(1, 4):
+        own = same.directions(state._replace(memory=nothing), x)
+        each.append(matrix(same, own, state))
+        state, _ = step(state, x)
+        got = matrix(average, average.directions(state, x), state)
+        close(got, sum(each) / count, 1e-12)
+
+
+def test_running_means_of_the_kronecker_form():
+    svi, _ = natural(rate=0.0, refresh_every=1)
+    same, _ = natural(rate=0.0, fisher_samples="same")
+    state = svi.init(KEY, X)
+    key = "p1.w + p1.b"
+    means = []
+    step = jax.jit(svi.update)
+    for _ in range(3):
+        nothing = same.init(KEY, X).memory
+        found = same.directions(state._replace(memory=nothing), X)
+        (block,) = [b for b in found.fisher.blocks if b.key == key]
+        means.append(np.asarray(block.mean_block()))
+        state, _ = step(state, X)
+    known = state.memory.statistics[key]
+    close(known.mean, sum(means) / 3, 1e-12)
+    # The eigenbasis was renewed after two batches.
+    v = known.basis.vectors
+    close(v @ v.T, np.eye(3), 1e-12)
+    mean = (means[0] + means[1]) / 2
+    turned = v.T @ mean @ v
+    close(turned, np.diag(np.diagonal(turned)), 1e-12)
+
+
+def test_the_kronecker_form_takes_in_every_fourth_batch():
+    svi, _ = natural(rate=0.0)
+    state = svi.init(KEY, X)
+    step = jax.jit(svi.update)
+    counts = []
+    for _ in range(9):
+        state, _ = step(state, X)
+        counts.append(int(state.memory.batches))
+    assert counts == [1, 1, 1, 1, 2, 2, 2, 2, 3]
+
+
+def layer(seed):
+    u, q = random.normal(random.key(seed), (4, 5)), random.uniform(random.key(seed), (4, 3))
+    columns = Columns((3, 5), None, False, (3, 5))
+    return UnitBlock(["x"], "affine", [Component(["w"], [columns])], u, q)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_later_batches_weigh_as_much_as_the_first(every):
+    first, other = layer(0), layer(1)
+    known = {first.key: Statistics.of(first)}
+    for batches in range(1, 64):
+        block = first if batches < 16 else other
+        known = renewed(known, [block], jnp.asarray(batches), 0.99, every)
+    mean = known[first.key].mean
+    share = (mean - first.mean_block()) / (other.mean_block() - first.mean_block())
+    assert abs(float(jnp.median(share)) - 48 / 64) < 0.03
+
+
+def test_dreams_give_the_models_blocks():
+    svi, _ = natural(fisher="unit", fisher_samples="dream")
+    found = svi.directions(svi.init(KEY, X), X)
+    rows = {b.key: b.rows for b in found.fisher.blocks}
+    assert rows["p1.w + p1.b"] == len(X) and rows["q2.w + q2.b"] == 6 * len(X)
+
+
+def data(x):
+    """The numbers of an array, those of a random key included."""
+    return random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_pickles_and_resumes_to_the_same_next_step(form):
+    svi, _ = natural(fisher=form)
+    state, _ = steps(svi, svi.init(KEY, X), 2)
+    copy = pickle.loads(pickle.dumps(jax.device_get(state)))
+    fresh, _ = natural(fisher=form)
+    one, two = steps(svi, state, 2)[0], steps(fresh, copy, 2)[0]
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert np.array_equal(data(a), data(b))
+
+
+def test_looking_updates_nothing_and_tells_the_next_step():
+    svi, _ = natural(fisher="unit")
+    state, _ = steps(svi, svi.init(KEY, X), 1)
+    found = svi.directions(state, X)
+    new, loss = jax.jit(svi.update)(state, X)
+    close(loss, found.loss, 1e-12)
+    before, after = (parameters(svi.get_params(s)) for s in (state, new))
+    for name, x in found.natural.items():
+        close(after[name] - before[name], 0.1 * x, 1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_structure_prints(form):
+    svi, sbn = natural(fisher=form)
+    structure = svi.structure(KEY, X)
+    text = str(structure)
+    for word in ("parameters", "fan-in", "p1.w", "q2.b", "h1", "exact"):
+        assert word in text
+    assert {p for row in structure for p in row.params} == set(sbn.values)
+    (row,) = [row for row in structure if "p1.w" in row.params]
+    assert (row.units, row.fan_in, row.site, row.exact) == (3, 3, "x", True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sleep_options_and_a_changing_batch_size(form):
+    svi, _ = natural(fisher=form, sleep_steps=3, sleep_scale=2.0, sleep_weight=0.3)
+    state = svi.init(KEY, X)
+    for n in (16, 5, 16):
+        state, loss = jax.jit(svi.update)(state, X[:n])
+        assert bool(jnp.isfinite(loss))
+    assert all(bool(jnp.isfinite(v).all()) for v in svi.get_params(state).values())
+
+
+def test_seeds_run_side_by_side():
+    svi, _ = natural()
+    keys = random.split(KEY, 3)
+    states = jax.vmap(lambda key: svi.init(key, X))(keys)
+    states, losses = jax.jit(jax.vmap(lambda s: svi.update(s, X)))(states)
+    alone, loss = jax.jit(svi.update)(svi.init(keys[1], X), X)
+    close(losses[1], loss, 1e-10)
+    close(
+        svi._optimiser.params(states.optim_state)["p1.w"][1], svi.get_params(alone)["p1.w"], 1e-10
+    )
+
+
+def test_optax_and_the_default_optimiser():
+    sbn = SBN()
+    for optim in (None, optax.adam(1e-2)):
+        svi = nh.NaturalRWS(sbn.model, sbn.guide, optim, num_particles=3)
+        state, losses = steps(svi, svi.init(KEY, X), 2)
+        assert bool(jnp.isfinite(losses).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"damping": 0.0}, "damping"),
+        ({"fisher": "full"}, "fisher="),
+        ({"fisher_samples": "old"}, "fisher_samples="),
+        ({"refresh_every": 0}, "refresh_every"),
+        ({"kl_clip": -1.0}, "kl_clip"),
+        ({"tolerance": 0.0}, "tolerance"),
+    ],
+)
+def test_options_out_of_range(options, word):
+    with pytest.raises(ValueError, match=word):
+        natural(**options)

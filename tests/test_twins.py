@@ -1,0 +1,118 @@
+"""The two packages are twins: the same files, the same public names, the same plain code."""
+
+import ast
+import inspect
+import itertools
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("jax")
+
+import numpyro_helmholtz  # noqa: E402
+import pyro_helmholtz  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+PYRO, NUMPYRO = ROOT / "pyro_helmholtz", ROOT / "numpyro_helmholtz"
+
+# Files that one package alone has, and why.
+ALONE = {
+    # Torch builds its graph anew at each step, so what was found in it has to be remembered.
+    # JAX traces once and compiles.
+    "pyro_helmholtz/finder.py": "remembers which parameters enter an argument",
+    "pyro_helmholtz/plans.py": "remembers the rows and units of a sum of terms",
+    "pyro_helmholtz/routes.py": "remembers a walk through the graph",
+    # Pyro has a module or a store for what is plain data in JAX.
+    "numpyro_helmholtz/arguments.py": "arguments of programs as a pytree",
+    "numpyro_helmholtz/parameters.py": "names of leaves, constraints",
+    "numpyro_helmholtz/runner.py": "the first look at programs, whose parameters have no store",
+    "numpyro_helmholtz/sites.py": "what a trace's sites hold; methods of Pyro's traces",
+    # Torch hands the graph out. Here it is recorded from the equations that JAX traces.
+    "numpyro_helmholtz/record.py": "records a program's equations",
+    "numpyro_helmholtz/links.py": "what each primitive does to elements",
+}
+
+# Names in the `__all__` of one twin alone, and why.
+NAMES = {
+    ("quickstart.py", "pyro_helmholtz"): {"Result", "main", "train"},  # the job, written once
+    ("svi.py", "numpyro_helmholtz"): {"HelmholtzState"},  # Pyro keeps it in the front end
+}
+
+# Framework-free files, and the definitions in them that differ, because they name arrays.
+PLAIN = {"datasets.py": {"Dataset", "load"}, "diagnostics.py": {"describe"}}
+
+
+def files(package):
+    return {str(path.relative_to(package)) for path in package.rglob("*.py")}
+
+
+COMMON = sorted(files(PYRO) & files(NUMPYRO))
+
+
+def exported(path):
+    """The names in a module's ``__all__``, or None."""
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return None
+
+
+def statements(path):
+    """Sources of what a module defines, by name."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    found = {}
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, kinds):
+            found[node.name] = ast.unparse(node)
+        elif isinstance(node, ast.Assign):
+            found[ast.unparse(node.targets[0])] = ast.unparse(node)
+    return found
+
+
+def test_the_same_files():
+    alone = [
+        f"{package.name}/{name}"
+        for package, other in itertools.permutations((PYRO, NUMPYRO))
+        for name in files(package) - files(other)
+    ]
+    assert sorted(alone) == sorted(ALONE)
+
+
+def test_the_same_public_names():
+    assert pyro_helmholtz.__all__ == numpyro_helmholtz.__all__
+    assert pyro_helmholtz.__version__ == numpyro_helmholtz.__version__
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_the_same_names_in_each_module(name):
+    here, there = (exported(package / name) for package in (PYRO, NUMPYRO))
+    if here is None or there is None:
+        return
+    assert here - there == NAMES.get((name, "pyro_helmholtz"), set())
+    assert there - here == NAMES.get((name, "numpyro_helmholtz"), set())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NaturalRWS",
+        "RWS",
+        "WakeSleep",
+        "RWS_ELBO",
+        "WakeSleep_ELBO",
+    ],
+)
+def test_the_same_options(name):
+    here, there = (
+        {key: p.default for key, p in inspect.signature(getattr(package, name)).parameters.items()}
+        for package in (pyro_helmholtz, numpyro_helmholtz)
+    )
+    assert list(here.items()) == list(there.items())
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_code_is_the_same(name):
+    here, there = (statements(package / name) for package in (PYRO, NUMPYRO))
+    assert here.keys() == there.keys()
+    assert {key for key in here if here[key] != there[key]} == PLAIN[name]
