@@ -26,6 +26,9 @@ Array = Any
 Arrays = Mapping[str, Array]
 
 
+KRONECKER_SLACK = 0.2
+
+
 @dataclass
 class Component:
     """One vector component of a block's units.
@@ -192,7 +195,7 @@ class UnitBlock:
         if self.solver == "diagonal":
             return "diagonal"
         if self.solver == "kronecker":
-            return "Kronecker (shared eigenbasis, unit scales)"
+            return f"Kronecker (shared eigenbasis to {KRONECKER_SLACK:.0%}, unit scales)"
         if self.size <= solvers.CHOLESKY_SIZE:
             return "Cholesky"
         over = " over samples" if self._few_rows() else ""
@@ -212,7 +215,7 @@ class UnitBlock:
             return Solution((1 + damping) * g / (damping + self.diagonal()))
         if self.solver == "kronecker":
             basis, scales = self._basis_and_scales()
-            return Solution((1 + damping) * basis.inverse(g, scales, damping))
+            return Solution((1 + damping) * basis.inverse(g, scales, damping, KRONECKER_SLACK))
         if self.size <= solvers.CHOLESKY_SIZE:
             return solvers.direct(self.dense(), g, damping)
         if self._few_rows():

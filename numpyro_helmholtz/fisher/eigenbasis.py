@@ -11,8 +11,7 @@ from jax import lax
 
 from .solvers import Array, Operator
 
-DROP = 0.02
-WIDE = 128  # from this fan-in on, idle eigenvectors are left out
+SMALL = 64  # no band below this size
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "vectors"], meta_fields=[])
@@ -67,26 +66,52 @@ class EigenBasis:
 
         return apply
 
-    def inverse(self, g: Array, scales: Array, damping: Array) -> Array:
+    def inverse(self, g: Array, scales: Array, damping: Array, slack: float = 0.0) -> Array:
         """``P_j⁻¹ g``, (units, d·size).
 
-        Eigenvalues with ``max_j s_j λ < DROP·α`` change nothing and are left out where most
-        are such: the cost falls from units·size² to units·size·kept. How many are kept is one
-        of a few fixed shares of the basis, the smallest that is enough.
+        Eigenvalues in a band that the damping hardly tells apart count as one: then the
+        inverse is a multiple of the identity but for the others, and costs
+        units·size·others instead of units·size². How many others there are is one of a few
+        fixed shares of the basis, the smallest that is enough.
+
+        Args:
+            g: (units, d·size). scales: (units,) or (units, d, d). damping: α > 0.
+            slack: largest relative change of ``1/(α + s λ)`` by the band, below 1.
         """
+        if self.size <= SMALL or slack <= 0:
+            return self.back(self.scaled_inverse(scales, damping)(self.to(g)))
+        if scales.ndim > 1:
+            inner, turn = jnp.linalg.eigh(scales, symmetrize_input=False)
+            turned = jnp.swapaxes(turn, 1, 2) @ g.reshape(*inner.shape, -1)
+            apart = jnp.maximum(inner, 0).reshape(-1)
+            inside = self.inverse(turned.reshape(-1, self.size), apart, damping, slack)
+            return (turn @ inside.reshape(turned.shape)).reshape(g.shape)
+        low, count = self._band(scales.max(), damping, slack)
+        middle = (self.values[low] + self.values[low + count - 1]) / 2
+        distance = jnp.abs(self.values - middle)
+        rest = 1 / (damping + scales[:, None] * middle)
 
         def whole(g: Array) -> Array:
             return self.back(self.scaled_inverse(scales, damping)(self.to(g)))
 
-        if scales.ndim > 1 or self.size < WIDE:
-            return whole(g)
+        def banded(others: int, g: Array) -> Array:
+            _, which = lax.top_k(distance, others)
+            v = self.vectors[:, which]
+            change = 1 / (damping + scales[:, None] * self.values[which]) - rest
+            return g * rest + ((g @ v) * change) @ v.T
 
-        def truncated(kept: int, g: Array) -> Array:
-            v = self.vectors[:, self.size - kept :]
-            product = scales[:, None] * self.values[self.size - kept :]
-            return (g - ((g @ v) * (product / (damping + product))) @ v.T) / damping
+        shares = [max(1, self.size // 32), self.size // 8, 3 * self.size // 8]
+        branch = (self.size - count > jnp.asarray(shares)).sum()
+        return lax.switch(branch, [partial(banded, others) for others in shares] + [whole], g)
 
-        shares = [self.size // 16, self.size // 8, self.size // 4, self.size // 2]
-        needed = (self.values * scales.max() >= DROP * damping).sum()
-        which = (needed > jnp.asarray(shares)).sum()
-        return lax.switch(which, [partial(truncated, kept) for kept in shares] + [whole], g)
+    def _band(self, scale: Array, damping: Array, slack: float) -> tuple[Array, Array]:
+        """First and number of the most eigenvalues that may count as one.
+
+        ``s (λ₂ − λ₁)/2 ≤ slack (α + s (λ₂ + λ₁)/2)``.
+        """
+        tiny = jnp.finfo(self.values.dtype).tiny
+        room = 2 * slack * damping / jnp.maximum(scale, tiny)
+        top = (room + (1 + slack) * self.values) / (1 - slack)
+        counts = jnp.searchsorted(self.values, top, side="right") - jnp.arange(self.size)
+        low = counts.argmax()
+        return low, jnp.maximum(counts[low], 1)

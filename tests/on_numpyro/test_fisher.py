@@ -355,17 +355,35 @@ def test_kronecker_solve_is_the_shared_eigenbasis():
         close(block.gather(d.natural)[j], truth, 1e-10)
 
 
-def test_truncated_eigenbasis_drops_what_is_below_the_damping(monkeypatch):
-    monkeypatch.setattr(eigenbasis, "WIDE", 16)
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
+def test_the_band_of_eigenvalues_keeps_its_promise(coupled, spread):
     rng = np.random.default_rng(0)
-    g, scales = jnp.asarray(rng.normal(size=(5, 32))), jnp.asarray(rng.uniform(size=5))
-    q, _ = np.linalg.qr(rng.normal(size=(32, 32)))
-    for kept in (1, 3, 7, 15, 32):
-        values = np.where(np.arange(32) >= 32 - kept, 5.0, 1e-5)
-        basis = eigenbasis.EigenBasis(jnp.asarray(values), jnp.asarray(q))
-        full = np.stack([np.linalg.inv(0.2 * np.eye(32) + s * (q * values) @ q.T) for s in scales])
-        truth = np.einsum("jab,jb->ja", full, g)
-        close(jax.jit(basis.inverse)(g, scales, 0.2), truth, 1e-3)
+    size, units = 96, 6
+    q, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    values = np.sort(0.2 * np.exp(spread * rng.normal(size=size)))
+    values[-2:] = 5.0, 40.0
+    basis = eigenbasis.EigenBasis(jnp.asarray(values), jnp.asarray(q))
+    scales, g = rng.uniform(size=units), rng.normal(size=(units, size))
+    blocks = np.zeros(0)
+    if coupled:
+        root = rng.normal(size=(3, 2, 2)) / 2
+        blocks, g = root @ root.swapaxes(1, 2), g.reshape(3, 2 * size)
+    inverse = jax.jit(basis.inverse, static_argnums=3)
+    matrix = (q * values) @ q.T
+    for slack in (0.0, 0.05, 0.2):
+        if coupled:
+            dense = [np.kron(b, matrix) + 0.2 * np.eye(2 * size) for b in blocks]
+            scale = jnp.asarray(blocks)
+        else:
+            dense = [s * matrix + 0.2 * np.eye(size) for s in scales]
+            scale = jnp.asarray(scales)
+        exact = np.stack([np.linalg.solve(a, b) for a, b in zip(dense, g, strict=True)])
+        x = np.asarray(inverse(jnp.asarray(g), scale, 0.2, slack))
+        error = np.linalg.norm(x - exact) / np.linalg.norm(exact)
+        assert error <= max(slack, 1e-10)
+        if spread == 0.3 and slack == 0.2:
+            assert error > 1e-3  # else nothing counted as one
 
 
 # layers ----------------------------------------------------------------------------------------
