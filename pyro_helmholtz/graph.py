@@ -253,6 +253,17 @@ def lift(chain: Chain, values: Tensor, head: torch.Size, *, slopes: bool = False
 
 def lift_index(chain: Chain, foot: torch.Size, head: torch.Size, device: torch.device) -> Tensor:
     """For each element of the head, the flat index of the foot element it depends on."""
-    count = int(torch.Size(foot).numel())
-    index = torch.arange(count, dtype=torch.float64, device=device).reshape(foot)
-    return lift(chain, index, head).round().long()
+    if not chain:
+        return torch.arange(foot.numel(), device=device).reshape(foot)
+    # Some nodes take nothing but their own dtype, and float32 holds integers up to 2^24.
+    meta = chain[0].node._input_metadata[chain[0].nr]
+    dtype = torch.float32 if meta.dtype == torch.float32 else torch.float64
+    index = torch.arange(foot.numel(), device=device).reshape(foot)
+    high, low = (
+        lift(chain, digit.to(dtype), head).round().long()
+        for digit in (index // _DIGIT, index % _DIGIT)
+    )
+    return high * _DIGIT + low
+
+
+_DIGIT = 1 << 20

@@ -99,18 +99,21 @@ def fingerprint(node: Any) -> tuple:
 
 
 def _matters(attribute: str) -> bool:
-    """Saved operands and their sizes are not settings: the shapes along the way say them."""
+    """Saved operands and results are read anew in every step; shapes along the way say sizes."""
     return attribute not in _OPERANDS and not attribute.endswith(("_sizes", "_strides"))
 
 
 def _plain(value: Any) -> Any:
-    if torch.is_tensor(value):
-        return "tensor"
+    """A setting as something to compare; a tensor, such as an index, equals nothing."""
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    if any(torch.is_tensor(part) for part in parts):
+        return object()
     return value if isinstance(value, (int, float, str, tuple, type(None))) else str(value)
 
 
 _SETTINGS: dict[str, tuple[str, ...]] = {}
 _OPERANDS = frozenset(
     f"_saved_{name}"
-    for name in "self other result mat1 mat2 input weight vec vec1 vec2 batch1 batch2".split()
+    for name in "self other result mat1 mat2 input weight vec vec1 vec2 batch1 batch2 "
+    "exponent".split()
 )

@@ -80,6 +80,18 @@ def test_a_slice_that_moves(x):
     natural(*programs(logits), x, lambda t: start.__setitem__(0, t % 3))
 
 
+@pytest.mark.parametrize("take", [lambda w, i: w[:, i], lambda w, i: w.index_select(1, i)])
+def test_an_index_that_changes(x, take):
+    # same nodes, same shapes: only the saved index tensor differs
+    generator = torch.Generator().manual_seed(0)
+    index = [torch.arange(6)]
+
+    def permute(turn):
+        index[0] = torch.randperm(6, generator=generator)
+
+    natural(*programs(lambda h, w, b: h @ take(w, index[0]) + b), x, permute)
+
+
 def test_other_batch_sizes(x):
     model, guide = programs(lambda h, w, b: h @ w + b)
     svi = make(model, guide)
