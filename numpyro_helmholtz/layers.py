@@ -33,7 +33,7 @@ class Root:
         columns: one per term, in the order of the features' columns.
         row, unit: of each element of the root (flat).
         row_maps: for each term its row in each row of the root, or None for the same.
-        num_rows, num_units: of the root.
+        num_rows: of the root.
     """
 
     node: Node
@@ -43,7 +43,6 @@ class Root:
     unit: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     row_maps: list[np.ndarray | None] = field(default_factory=list)
     num_rows: int = 1
-    num_units: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -156,7 +155,7 @@ def _index(root: Root) -> None:
             raise Opaque("a sum of parameters")
         count = math.prod(primary.leaf.shape)
         root.row, root.unit = np.zeros_like(index), index
-        root.num_rows, root.num_units, root.row_maps = 1, count, [None]
+        root.num_rows, root.row_maps = 1, [None]
         root.columns = [Columns(primary.leaf.shape, None, False, (count, 1))]
         return
     row, unit = primary.rows_and_units(index)
@@ -181,7 +180,7 @@ def _index(root: Root) -> None:
         row_map = _function(row, other_row, rows)
         same = np.array_equal(row_map, np.arange(rows)) and term.size // units == rows
         root.row_maps.append(None if same else row_map)
-    root.row, root.unit, root.num_rows, root.num_units = row, unit, rows, units
+    root.row, root.unit, root.num_rows = row, unit, rows
 
 
 def _function(of: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:

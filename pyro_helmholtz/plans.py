@@ -17,7 +17,7 @@ class Plan:
     """The index maps of a root; they depend on shapes alone.
 
     Attributes:
-        row, unit: of each element of the root (flat). num_rows, num_units: how many.
+        row, unit: of each element of the root (flat). num_rows: how many rows.
         row_maps: per term, its row for each row of the root, or None where they are the same.
         columns: per term, where its parameter's elements stand.
     """
@@ -25,7 +25,6 @@ class Plan:
     row: Tensor
     unit: Tensor
     num_rows: int
-    num_units: int
     row_maps: list[Tensor | None]
     columns: list[Columns]
 
@@ -51,7 +50,7 @@ def make(terms: list[Term], shape: torch.Size) -> Plan:
         unit = index_of(primary)
         count = primary.leaf.numel()
         columns = [Columns(primary.leaf.shape, None, False, (count, 1))]
-        return Plan(torch.zeros_like(unit), unit, 1, count, [None], columns)
+        return Plan(torch.zeros_like(unit), unit, 1, [None], columns)
 
     row, unit = primary.rows_and_units(index_of(primary))
     columns = [primary.columns()]
@@ -77,7 +76,7 @@ def make(terms: list[Term], shape: torch.Size) -> Plan:
         same = torch.equal(row_map, torch.arange(rows, device=device))
         same = same and int(term.out_shape().numel() // units) == rows
         row_maps.append(None if same else row_map)
-    return Plan(row, unit, rows, units, row_maps, columns)
+    return Plan(row, unit, rows, row_maps, columns)
 
 
 def _as_index(columns: Columns, device: torch.device) -> Tensor:
