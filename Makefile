@@ -12,7 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help quickstart test lint format bench bench-numpyro clean
+.PHONY: help quickstart test lint format bench bench-numpyro bench-scaling bench-learning clean
 
 help:
 	@echo "make quickstart   train a sigmoid belief network by RWS and NaturalRWS; table and figure"
@@ -21,6 +21,8 @@ help:
 	@echo "make format       format and sort imports"
 	@echo "make bench        the time of one step in Pyro, against the host and by hand"
 	@echo "make bench-numpyro  the same in NumPyro"
+	@echo "make bench-scaling   the time of one step in NumPyro against width, K and depth"
+	@echo "make bench-learning  learning curves in NumPyro, and with --time-epoch the time of an epoch"
 	@echo "make clean        remove the virtual environment and the caches"
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
@@ -49,6 +51,12 @@ bench: $(STAMP)
 
 bench-numpyro: $(STAMP)
 	$(BIN)/python benchmarks/numpyro_step_time.py $(ARGS)
+
+bench-scaling: $(STAMP)
+	$(BIN)/python benchmarks/numpyro_scaling.py $(ARGS)
+
+bench-learning: $(STAMP)
+	$(BIN)/python benchmarks/numpyro_learning.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,10 +16,7 @@ library's defaults.
 from __future__ import annotations
 
 import argparse
-import ast
-import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +24,9 @@ from typing import Any
 
 import pyro
 import torch
+from common import append_lines, describe, settings, show
+from learning_report import learning_table
 from pyro.infer import SVI, ReweightedWakeSleep
-from rich.console import Console
-from rich.table import Table
 from step_time import make_programs
 from torch import Tensor
 
@@ -164,82 +161,11 @@ def train(
     return record
 
 
-def describe(options: dict) -> str:
-    """The options on one line."""
-    return ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
-
-
 def report(records: list[dict], args: argparse.Namespace) -> None:
     """Prints one row for each setting, the mean over its seeds."""
-    groups: dict[tuple, list[dict]] = {}
-    for record in records:
-        groups.setdefault((record["method"], describe(record["options"])), []).append(record)
     budget = f"{args.epochs:g} epochs" if args.epochs is not None else f"{args.seconds:g} s"
-    table = Table(title=f"{args.data}, {args.layers}, {budget}, {len(args.seeds)} seeds")
-    for column in ("method", "options"):
-        table.add_column(column)
-    for column in ("test log p", "sd (seeds)", "s.e. (data)", "ESS", "k > 0.7", "epochs", "s"):
-        table.add_column(column, justify="right")
-    table.add_column("ms / step", justify="right")
-    rows = []
-    for (method, options), group in groups.items():
-        good = [record for record in group if record["error"] is None]
-
-        def mean(key: str, group: list[dict] = good or group) -> float:
-            return statistics.mean(record[key] for record in group)
-
-        times = [f"{mean('epochs'):.1f}", f"{mean('seconds'):.1f}"]
-        times.append(f"{1e3 * mean('seconds') / max(mean('steps'), 1):.2f}")
-        if len(good) < len(group):
-            options += f" ({len(group) - len(good)} of {len(group)} diverged)"
-        if not good:
-            rows.append((-math.inf, [method, options, "–", "–", "–", "–", "–", *times]))
-            continue
-        values = [record["log_p"] for record in good]
-        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "–"
-        cells = [f"{mean('log_p'):.2f}", spread, f"{mean('stderr'):.2f}", f"{mean('ess'):.0f}"]
-        cells.append(f"{mean('khat_above_0.7'):.0%}")
-        rows.append((mean("log_p"), [method, options, *cells, *times]))
-    for _, cells in sorted(rows, key=lambda row: -row[0]):
-        table.add_row(*cells)
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe: no need to fold at 80 columns
-        console = Console(width=160)
-    console.print(table)
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """Reads ``"damping=0.2,fisher=kronecker"``."""
-    options = {}
-    for item in filter(None, text.split(",")):
-        key, _, value = item.partition("=")
-        try:
-            options[key.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key.strip()] = value
-    return options
-
-
-def settings(args: argparse.Namespace) -> list[tuple[str, dict]]:
-    """Every method with every one of its settings."""
-    grid = dict(GRID)
-    if args.lr:
-        grid |= {name: [float(lr) for lr in args.lr.split(",")] for name in GRID}
-    for item in args.grid:
-        name, _, rates = item.partition("=")
-        if name not in GRID:
-            raise ValueError(f"--grid {item}: no method {name!r}; there are {sorted(GRID)}")
-        grid[name] = [float(lr) for lr in rates.split(",")]
-    found = []
-    for method in args.methods.split(","):
-        if method not in GRID:
-            raise ValueError(f"--methods: no method {method!r}; there are {sorted(GRID)}")
-        bases = [parse_options(text) for text in args.natural] if method == "natural" else []
-        for base in bases or [{}]:
-            # A rate among --natural's options stands; the grid is for those without.
-            tried: list = [None] if "lr" in base else grid[method]
-            found += [(method, base if lr is None else {**base, "lr": lr}) for lr in tried]
-    return found
+    title = f"{args.data}, {args.layers}, {budget}, {len(args.seeds)} seeds"
+    show(learning_table(records, title))
 
 
 def main() -> None:
@@ -281,7 +207,7 @@ def main() -> None:
     if args.epochs is None and args.seconds is None:
         args.epochs = 5.0
     try:
-        runs = settings(args)
+        runs = settings(args, GRID)
     except ValueError as error:
         parser.error(str(error))
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
@@ -315,9 +241,7 @@ def main() -> None:
             records.append(record)
             result = record["error"] or f"{record['log_p']:.2f} in {record['seconds']:.1f} s"
             print(f"{method} ({describe(options)}), seed {seed}: {result}", flush=True)
-            if args.json:
-                with args.json.open("a") as file:
-                    file.write(json.dumps(shared | record) + "\n")
+            append_lines(args.json, [shared | record])
     report(records, args)
 
 

@@ -28,10 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from common import show
 from jax import Array, lax, random
 from jax_by_hand import ByHand, make_layers
 from numpyro.infer import SVI, RenyiELBO
-from rich.console import Console
 from rich.table import Table
 
 import numpyro_helmholtz as nh
@@ -190,10 +190,7 @@ def report(results: dict[str, dict], args: argparse.Namespace) -> None:
             result[f"ratio_to_{base}"] = statistics.median(a / b for a, b in pairs)
             cells.append(f"{result[f'ratio_to_{base}']:.2f}")
         table.add_row(*cells, f"{result['compile_s']:.1f}")
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe: no need to fold at 80 columns
-        console = Console(width=120)
-    console.print(table)
+    show(table, 120)
     if args.json:
         settings = {key: value for key, value in vars(args).items() if key != "json"}
         record = {"settings": settings, "jax": jax.__version__, "results": results}

@@ -1,4 +1,4 @@
-"""Natural reweighted wake-sleep: the RWS direction behind the inverse Fisher matrix.
+"""Natural gradients: an estimator's direction behind the inverse Fisher matrix.
 
 ``x = (1+α)(αI + F)⁻¹ g`` per block (Várady 2025, sections 5.1 to 5.3), with F from earlier
 minibatches; the result replaces the gradient before any optimiser.
@@ -20,7 +20,7 @@ from numpyro.optim import optax_to_numpyro
 
 from .arguments import Arguments
 from .diagnostics import Structure, describe
-from .estimators.base import Pass
+from .estimators.base import HelmholtzELBO, Pass
 from .estimators.reweighted import RWS_ELBO
 from .fisher.assemble import Block, assemble
 from .fisher.memory import Fisher, Kept, Memory
@@ -29,28 +29,31 @@ from .recipe import Recipe
 from .svi import Directions, HelmholtzState, HelmholtzSVI
 
 Schedule = float | Callable[[Array], Array]
-DAMPING = 0.2
-LEARNING_RATE = 0.02
-MOMENTUM = 0.9
+DAMPING = 0.1
 FORM = "kronecker"
 TOLERANCE = 1e-2
+LEARNING_RATE = 0.2
+ANNEALING = 300  # steps
+REFRESH_ALL, REFRESH_EVERY = 300, 8  # steps
 
 
-class NaturalRWS(HelmholtzSVI):
-    """Reweighted wake-sleep with natural gradients.
+class NaturalSVI(HelmholtzSVI):
+    """Base of the front ends with natural gradients, for any estimator.
+
+    The model's Fisher matrix carries the estimator's own weights of the particles, the guide's
+    the weights 1/K.
 
     Args:
-        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
-        num_particles, sleep_weight, sleep_scale, baseline, max_plate_nesting, dream_args: see
-            ``RWS_ELBO``.
+        model, guide, optim, estimator, sleep_steps: see ``HelmholtzSVI``.
         damping: α > 0, or a schedule ``fn(step) -> α`` in terms of ``jax.numpy``.
         fisher: "unit" (exact blocks), "diagonal" or "kronecker".
         fisher_samples: "lagged" (the previous minibatch), "average" (several), "same" (the
             present one, for comparison) or "dream" (the model's blocks from dreams). None is
             "average" for the Kronecker form, whose running means cost nothing more, and
             "lagged" for the others.
-        refresh_every: take in a minibatch every so many steps (the thesis's K-step). None is 4
-            for the Kronecker form with "average", whose running means hardly feel it, else 1.
+        refresh_every: take in a minibatch every so many steps (the thesis's K-step). None is 1,
+            but for the Kronecker form with "average" every step of the first 300, in which the
+            Fisher matrix moves fast, and then every 8.
         tolerance: relative error of iterative solves.
         kl_clip: largest ``½ xᵀFx``, a bound on the divergence of a step of rate one; the
             direction is shrunk to meet it. None for no bound.
@@ -63,37 +66,27 @@ class NaturalRWS(HelmholtzSVI):
         self,
         model: Callable,
         guide: Callable,
-        optim: Any = None,
-        num_particles: int = 10,
+        optim: Any,
+        estimator: HelmholtzELBO,
         *,
+        sleep_steps: int = 1,
         damping: Schedule = DAMPING,
         fisher: str = FORM,
         refresh_every: int | None = None,
         fisher_samples: str | None = None,
-        sleep_weight: float = 0.5,
-        sleep_steps: int = 1,
-        sleep_scale: float = 1.0,
-        baseline: bool = True,
         tolerance: float = TOLERANCE,
         kl_clip: float | None = None,
-        max_plate_nesting: float = math.inf,
-        dream_args: Callable | None = None,
     ) -> None:
-        estimator = RWS_ELBO(
-            num_particles,
-            sleep_weight=sleep_weight,
-            sleep_scale=sleep_scale,
-            baseline=baseline,
-            max_plate_nesting=max_plate_nesting,
-            dream_args=dream_args,
-        )
         super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
         if not callable(damping) and not damping > 0:
             raise ValueError(f"damping must be positive, got {damping!r}.")
         if fisher_samples is None:
             fisher_samples = "average" if fisher == "kronecker" else "lagged"
+        self._refresh_all, self._annealed = 0, optim is None
         if refresh_every is None:
-            refresh_every = 4 if (fisher, fisher_samples) == ("kronecker", "average") else 1
+            averaged = (fisher, fisher_samples) == ("kronecker", "average")
+            refresh_every = REFRESH_EVERY if averaged else 1
+            self._refresh_all = REFRESH_ALL
         if not (isinstance(refresh_every, int) and refresh_every >= 1):
             raise ValueError(f"refresh_every must be an int of at least 1, got {refresh_every!r}.")
         if kl_clip is not None and not kl_clip > 0:
@@ -107,8 +100,16 @@ class NaturalRWS(HelmholtzSVI):
         self._made: dict[tuple, _Made] = {}
 
     def default_optimiser(self) -> Any:
-        """SGD of rate 0.02 with Nesterov momentum 0.9."""
-        return optax_to_numpyro(optax.sgd(LEARNING_RATE, momentum=MOMENTUM, nesterov=True))
+        """SGD of rate 0.2/√(1 + step/300).
+
+        The rate falls because natural gradients average over about ``batch/rate`` data: with
+        rates like 1/step they use all data seen as well as any method can (Amari 1998), and the
+        noise of a fixed rate would soon hide what they gain.
+        """
+        return optax_to_numpyro(optax.sgd(LEARNING_RATE))
+
+    def _rate(self, step: Array) -> Array | None:
+        return lax.rsqrt(1 + step / ANNEALING) if self._annealed else None
 
     def _alpha(self, step: Any) -> Any:
         return self.damping(step) if callable(self.damping) else self.damping
@@ -146,7 +147,8 @@ class NaturalRWS(HelmholtzSVI):
         same = _signature(jax.eval_shape(take_in)) == _signature(memory)
         if self.refresh_every == 1 or not same:
             return take_in()
-        return lax.cond(step % self.refresh_every == 0, take_in, lambda: memory)
+        due = (step < self._refresh_all) | (step % self.refresh_every == 0)
+        return lax.cond(due, take_in, lambda: memory)
 
     def _clip(self, g: dict[str, Array], x: dict[str, Array], alpha: Any) -> dict[str, Array]:
         """Shrink to ``½ xᵀFx ≤ kl_clip``, by ``xᵀFx = (1+α) gᵀx − α xᵀx``."""
@@ -214,6 +216,62 @@ class NaturalRWS(HelmholtzSVI):
         look = partial(self._look, made=made)
         jax.eval_shape(look, state, Arguments.of((args, kwargs)))
         return describe(made.blocks, parameters(self._optimiser.params(state.optim_state)))
+
+
+class NaturalRWS(NaturalSVI):
+    """Reweighted wake-sleep with natural gradients.
+
+    Args:
+        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
+        num_particles, sleep_weight, sleep_scale, baseline, max_plate_nesting, dream_args: see
+            ``RWS_ELBO``.
+        damping, fisher, fisher_samples, refresh_every, tolerance, kl_clip: see ``NaturalSVI``.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: Any = None,
+        num_particles: int = 10,
+        *,
+        damping: Schedule = DAMPING,
+        fisher: str = FORM,
+        refresh_every: int | None = None,
+        fisher_samples: str | None = None,
+        sleep_weight: float = 0.5,
+        sleep_steps: int = 1,
+        sleep_scale: float = 1.0,
+        baseline: bool = True,
+        tolerance: float = TOLERANCE,
+        kl_clip: float | None = None,
+        max_plate_nesting: float = math.inf,
+        dream_args: Callable | None = None,
+    ) -> None:
+        estimator = RWS_ELBO(
+            num_particles,
+            sleep_weight=sleep_weight,
+            sleep_scale=sleep_scale,
+            baseline=baseline,
+            max_plate_nesting=max_plate_nesting,
+            dream_args=dream_args,
+        )
+        super().__init__(
+            model,
+            guide,
+            optim,
+            estimator,
+            sleep_steps=sleep_steps,
+            damping=damping,
+            fisher=fisher,
+            refresh_every=refresh_every,
+            fisher_samples=fisher_samples,
+            tolerance=tolerance,
+            kl_clip=kl_clip,
+        )
 
 
 class _Made:

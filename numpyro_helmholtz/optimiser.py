@@ -45,6 +45,10 @@ class Optimiser:
         parts = [part for name, part in state.items() if program in (None, name)]
         return {n: v for part in parts for n, v in self.host.get_params(part).items()}
 
+    def everything(self, state: Any) -> Any:
+        """All that is optimised, a pytree; more than the programs' parameters in a subclass."""
+        return self.params(state)
+
     def ascend(self, state: Any, direction: Params, loss: Array | None) -> Any:
         """One step; a program without a direction keeps its state."""
         downhill = jax.tree.map(jnp.negative, direction)

@@ -81,6 +81,10 @@ class Runner:
     def __post_init__(self) -> None:
         self._inspect = jax.jit(self._start)
 
+    def sampling(self) -> AbstractContextManager:
+        """What becomes of samples: constants."""
+        return Constants()
+
     def run(
         self,
         program: Callable,
@@ -105,7 +109,7 @@ class Runner:
             dreaming: turns observed sites into sampled ones.
         """
         with ExitStack() as stack:
-            stack.enter_context(Constants())
+            stack.enter_context(self.sampling())
             if particles is not None:
                 stack.enter_context(Particles(PARTICLES, self.num_particles, dim=particles))
             trace = stack.enter_context(handlers.trace())

@@ -79,7 +79,8 @@ class HelmholtzSVI:
         model: a NumPyro program with observed sites. guide: one with the same arguments and
             the same latents.
         optim: an optimiser of ``numpyro.optim`` or an optax transformation; None is
-            ``default_optimiser``: SGD of rate 0.05.
+            ``default_optimiser``: SGD of rate 0.05, or the natural ones of rate
+            0.2/√(1 + step/300).
         estimator: the phases of an update. sleep_steps: sleep updates per wake update; those
             after the first train the guide alone (sleep-well). With more than one, the guide's
             parameters and the model's have an optimiser state each.
@@ -173,7 +174,7 @@ class HelmholtzSVI:
         self._check_data(state, args, kwargs)
         done, gradient = self._pass(state, args, kwargs)
         direction, memory = self._direction(done, gradient, state.memory)
-        optim_state = self._optimiser.ascend(state.optim_state, direction, done.loss)
+        optim_state = self._ascend(state, direction, done.loss)
         state = state._replace(
             optim_state=optim_state,
             mutable_state={**state.mutable_state, **done.mutable},
@@ -195,7 +196,7 @@ class HelmholtzSVI:
         """
         new, loss = self.update(state, *args, **kwargs)
         finite = jnp.isfinite(loss)
-        params = self._optimiser.params(new.optim_state)
+        params = self._optimiser.everything(new.optim_state)
         for leaf in jax.tree.leaves((params, new.mutable_state, new.memory)):
             if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
                 finite &= jnp.isfinite(leaf).all()
@@ -234,8 +235,19 @@ class HelmholtzSVI:
         (_, done), gradient = jax.value_and_grad(objective, has_aux=True)(of_guide)
         done = replace(done, params=params, rng_key=own_key, step=state.step)
         direction, memory = self._direction(done, gradient, state.memory)
-        optim_state = self._optimiser.ascend(state.optim_state, direction, jnp.zeros(()))
+        optim_state = self._ascend(state, direction, jnp.zeros(()))
         return state._replace(optim_state=optim_state, memory=memory), None
+
+    def _ascend(self, state: HelmholtzState, direction: Params, loss: Array | None) -> Any:
+        """The optimiser's step."""
+        rate = self._rate(state.step)
+        if rate is not None:
+            direction = jax.tree.map(lambda x: rate.astype(x.dtype) * x, direction)
+        return self._optimiser.ascend(state.optim_state, direction, loss)
+
+    def _rate(self, step: Array) -> Array | None:
+        """Factor of the optimiser's rate in this step; None for 1."""
+        return None
 
     # many updates
 
@@ -343,7 +355,7 @@ class HelmholtzSVI:
         key = random.split(state.rng_key)[1]
         params = self._optimiser.params(state.optim_state)
         wake = self.programs.wake(key, params, args, kwargs, mutable=state.mutable_state)
-        return -wake.bound()
+        return -self.estimator.bound(wake)
 
 
 def _strong(tree: Any) -> Any:

@@ -66,14 +66,17 @@ class Wake:
         """``log w``, shape (K, number of data), unscaled."""
         return self.log_w.reshape(len(self.log_w), -1)
 
-    def bound(self) -> Array:
-        """``Σ_b scale_b (logsumexp_s log w − log S)``, a scalar on the host's scale."""
-        per_datum = logsumexp(self.log_w, 0) - math.log(self.num_particles)
+    def bound(self, power: float = 1.0) -> Array:
+        """``Σ_b scale_b · 1/a · (logsumexp_s a log w − log S)``, a scalar on the host's scale.
+
+        The power a is 1 for the log-likelihood's bound and ½ for the bidirectional machine's.
+        """
+        per_datum = (logsumexp(power * self.log_w, 0) - math.log(self.num_particles)) / power
         return (self.layout.common_scale * per_datum).sum()
 
-    def weights(self) -> Array:
-        """Normalised weights, shape (K, data dimensions...); the sum over particles is 1."""
-        return jax.nn.softmax(self.log_w, 0)
+    def weights(self, power: float = 1.0) -> Array:
+        """``wᵃ`` normalised, shape (K, data dimensions...); the sum over particles is 1."""
+        return jax.nn.softmax(power * self.log_w, 0)
 
     def uniform(self) -> Array:
         """The weights 1/K of plain wake-sleep and of the guide's Fisher matrix."""

@@ -83,6 +83,7 @@ def log_likelihood(
     num_particles: int = 10_000,
     particles_at_once: int = 100,
     batch: int | None = None,
+    power: float = 1.0,
     max_plate_nesting: float = math.inf,
     progress: bool = False,
     **kwargs: Any,
@@ -103,6 +104,8 @@ def log_likelihood(
         particles_at_once: how many of them run in one vectorised pass.
         batch: the number of data evaluated together; all by default. Every tensor among the
             arguments whose first dimension is as long as that of the first tensor is sliced.
+        power: a, estimates ``1/a · (logsumexp_s a log w − log S)``: 1 for ``log p(x)``, ½ for
+            the bidirectional machine's ``log p̃*(x)``. ``ess`` and ``khat`` are those of ``wᵃ``.
         max_plate_nesting: the plates nested in the programs; found by a run if infinite.
         progress: whether to show a progress bar.
         **kwargs: keyword arguments of both programs.
@@ -111,35 +114,21 @@ def log_likelihood(
         ``values``, ``ess`` and ``khat`` for each datum, and ``mean`` and ``stderr`` over the data.
 
     Raises:
-        ValueError: if a count is below 1, if there are no data, if a log-weight is NaN or
-            ``+inf``, if no particle of a datum has a positive weight, or if ``batch`` is given
-            and the weights do not separate by datum.
+        ValueError: if a count is below 1, if ``power`` is not positive, if there are no data, if
+            a log-weight is NaN or ``+inf``, if no particle of a datum has a positive weight, or
+            if ``batch`` is given and the weights do not separate by datum.
     """
-    counts = {"num_particles": num_particles, "particles_at_once": particles_at_once}
-    for name, count in counts.items() if batch is None else {**counts, "batch": batch}.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    first = next(_tensors((args, kwargs)), None)
-    n_data = None if first is None or first.dim() == 0 else len(first)
-    if n_data == 0:
-        raise ValueError("log_likelihood got no data: the first tensor argument is empty")
-    if batch is None:
-        starts = [0]
-    elif n_data is None:
-        raise ValueError("batch= needs a tensor with a data dimension among the arguments")
-    else:
-        starts = list(range(0, n_data, batch))
-
+    check_counts(num_particles=num_particles, particles_at_once=particles_at_once)
+    if not power > 0:
+        raise ValueError(f"power must be positive, got {power!r}")
+    starts, take = in_batches(args, kwargs, batch)
     results = []
     with (
         torch.no_grad(),
         tqdm(total=len(starts) * num_particles, unit="particle", disable=not progress) as bar,
     ):
         for start in starts:
-            these, width = (args, kwargs), None
-            if batch is not None and n_data is not None:
-                width = min(batch, n_data - start)
-                these = _slice(these, n_data, slice(start, start + width))
+            width, these = take(start)
             if math.isinf(max_plate_nesting):
                 max_plate_nesting = guess_max_plate_nesting(model, guide, *these)
             moments = _Moments(num_particles)
@@ -148,16 +137,58 @@ def log_likelihood(
                 weights = wake_trace(
                     model, guide, *these, num_particles=size, max_plate_nesting=max_plate_nesting
                 ).log_weights
-                if width is not None and weights.shape[1] != width:
-                    raise ValueError(
-                        f"batch= gave {width} data and {weights.shape[1]} log-weights: the "
-                        "weights of this program do not separate by datum; leave batch out"
-                    )
-                moments.add(weights.detach(), first_datum=start)
+                check_width(width, weights.shape[1])
+                moments.add(power * weights.detach(), first_datum=start)
                 bar.update(size)
             results.append(moments.finish(first_datum=start))
     values, ess, tail = (torch.cat(parts) for parts in zip(*results, strict=True))
-    return LogLikelihood(values=values, ess=ess, num_particles=num_particles, tail=tail)
+    return LogLikelihood(values=values / power, ess=ess, num_particles=num_particles, tail=tail)
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse a count below 1, naming it."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def check_width(width: int | None, found: int) -> None:
+    """Refuse a batch whose data do not separate."""
+    if width is not None and found != width:
+        raise ValueError(
+            f"batch= gave {width} data and {found} log-weights: the weights of this program do "
+            "not separate by datum; leave batch out"
+        )
+
+
+def in_batches(
+    args: tuple, kwargs: dict[str, Any], batch: int | None
+) -> tuple[range, Callable[[int], tuple[int | None, tuple]]]:
+    """Split the programs' arguments along the data.
+
+    Returns:
+        The first datum of each batch, and a function from it to the batch's width and ``(args,
+        kwargs)``. All data in one batch of width None if ``batch`` is None.
+
+    Raises:
+        ValueError: no data, a ``batch`` below 1, or no tensor to slice.
+    """
+    if batch is not None:
+        check_counts(batch=batch)
+    first = next(_tensors((args, kwargs)), None)
+    n_data = None if first is None or first.dim() == 0 else len(first)
+    if n_data == 0:
+        raise ValueError("there are no data: the first tensor argument is empty")
+    if batch is None:
+        return range(1), lambda start: (None, (args, kwargs))
+    if n_data is None:
+        raise ValueError("batch= needs a tensor with a data dimension among the arguments")
+
+    def take(start: int) -> tuple[int | None, tuple]:
+        stop = min(start + batch, n_data)
+        return stop - start, _slice((args, kwargs), n_data, slice(start, stop))
+
+    return range(0, n_data, batch), take
 
 
 class _Moments:

@@ -1,4 +1,4 @@
-"""Natural reweighted wake-sleep: the RWS direction behind the inverse Fisher matrix.
+"""Natural gradients: an estimator's direction behind the inverse Fisher matrix.
 
 ``x = (1+α)(αI + F)⁻¹ g`` per block (Várady 2025, sections 5.1 to 5.3), with F from earlier
 minibatches; the result replaces the gradient before any optimiser of Pyro.
@@ -15,7 +15,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from .diagnostics import Structure, describe
-from .estimators.base import Pass
+from .estimators.base import HelmholtzELBO, Pass
 from .estimators.reweighted import RWS_ELBO
 from .finder import Finder
 from .fisher.assemble import Source, assemble
@@ -27,23 +27,31 @@ from .recipe import Recipe
 from .svi import Directions, HelmholtzSVI, gradient, sgd
 
 Schedule = float | Callable[[int], float]
+DAMPING = 0.1
+FORM = "kronecker"
+TOLERANCE = 1e-2
+LEARNING_RATE = 0.2
+ANNEALING = 300  # steps
+REFRESH_ALL, REFRESH_EVERY = 300, 8  # steps
 
 
-class NaturalRWS(HelmholtzSVI):
-    """Reweighted wake-sleep with natural gradients.
+class NaturalSVI(HelmholtzSVI):
+    """Base of the front ends with natural gradients, for any estimator.
+
+    The model's Fisher matrix carries the estimator's own weights of the particles, the guide's
+    the weights 1/K.
 
     Args:
-        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
-        num_particles, sleep_weight, sleep_scale, baseline, max_plate_nesting, dream_args: see
-            ``RWS_ELBO``.
+        model, guide, optim, estimator, sleep_steps: see ``HelmholtzSVI``.
         damping: α > 0, or a schedule ``fn(step) -> α``.
         fisher: "unit" (exact blocks), "diagonal" or "kronecker".
         fisher_samples: "lagged" (the previous minibatch), "average" (several), "same" (the
             present one, for comparison) or "dream" (the model's blocks from dreams). None is
             "average" for the Kronecker form, whose running means cost nothing more, and
             "lagged" for the others.
-        refresh_every: take in a minibatch every so many steps (the thesis's K-step). None is 4
-            for the Kronecker form with "average", whose running means hardly feel it, else 1.
+        refresh_every: take in a minibatch every so many steps (the thesis's K-step). None is 1,
+            but for the Kronecker form with "average" every step of the first 300, in which the
+            Fisher matrix moves fast, and then every 8.
         tolerance: relative error of iterative solves.
         kl_clip: largest ``½ xᵀFx``, a bound on the divergence of a step of rate one; the
             direction is shrunk to meet it. None for no bound.
@@ -56,37 +64,27 @@ class NaturalRWS(HelmholtzSVI):
         self,
         model: Callable,
         guide: Callable,
-        optim: PyroOptim | None = None,
-        num_particles: int = 10,
+        optim: PyroOptim | None,
+        estimator: HelmholtzELBO,
         *,
-        damping: Schedule = 0.2,
-        fisher: str = "kronecker",
+        sleep_steps: int = 1,
+        damping: Schedule = DAMPING,
+        fisher: str = FORM,
         refresh_every: int | None = None,
         fisher_samples: str | None = None,
-        sleep_weight: float = 0.5,
-        sleep_steps: int = 1,
-        sleep_scale: float = 1.0,
-        baseline: bool = True,
-        tolerance: float = 1e-2,
+        tolerance: float = TOLERANCE,
         kl_clip: float | None = None,
-        max_plate_nesting: float = math.inf,
-        dream_args: Callable | None = None,
     ) -> None:
-        estimator = RWS_ELBO(
-            num_particles,
-            sleep_weight=sleep_weight,
-            sleep_scale=sleep_scale,
-            baseline=baseline,
-            max_plate_nesting=max_plate_nesting,
-            dream_args=dream_args,
-        )
         super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
         if not callable(damping) and not damping > 0:
             raise ValueError(f"damping must be positive, got {damping!r}.")
         if fisher_samples is None:
             fisher_samples = "average" if fisher == "kronecker" else "lagged"
+        self._refresh_all = 0
         if refresh_every is None:
-            refresh_every = 4 if (fisher, fisher_samples) == ("kronecker", "average") else 1
+            averaged = (fisher, fisher_samples) == ("kronecker", "average")
+            refresh_every = REFRESH_EVERY if averaged else 1
+            self._refresh_all = REFRESH_ALL
         if not (isinstance(refresh_every, int) and refresh_every >= 1):
             raise ValueError(f"refresh_every must be an int of at least 1, got {refresh_every!r}.")
         if kl_clip is not None and not kl_clip > 0:
@@ -98,12 +96,21 @@ class NaturalRWS(HelmholtzSVI):
         self.memory = Memory(fisher, fisher_samples, tolerance=tolerance, mean_every=every)
         self._finder = Finder()
         self._steps = 0
+        self._annealed = optim is None
         self._fresh: list[Block] | None = None
         self._fisher: Fisher | None = None
 
     def default_optimiser(self) -> PyroOptim:
-        """SGD of rate 0.02 with Nesterov momentum 0.9."""
-        return sgd(lr=0.02, momentum=0.9, nesterov=True)
+        """SGD of rate 0.2/√(1 + step/300).
+
+        The rate falls because natural gradients average over about ``batch/rate`` data: with
+        rates like 1/step they use all data seen as well as any method can (Amari 1998), and the
+        noise of a fixed rate would soon hide what they gain.
+        """
+        return sgd(lr=LEARNING_RATE)
+
+    def _rate(self) -> float:
+        return 1 / math.sqrt(1 + self._steps / ANNEALING) if self._annealed else 1.0
 
     def _alpha(self) -> float:
         alpha = float(self.damping(self._steps) if callable(self.damping) else self.damping)
@@ -116,7 +123,8 @@ class NaturalRWS(HelmholtzSVI):
     ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
         done = self.estimator.run(self.programs, args, kwargs)
         leaves = done.leaves()
-        due = self._steps % self.refresh_every == 0 or not self.memory.batches
+        due = self._steps < self._refresh_all or self._steps % self.refresh_every == 0
+        due = due or not self.memory.batches
         self._fresh = self._blocks(done, leaves, args, kwargs) if due else None
         direction = gradient(done.surrogate, leaves)
         self._fisher = self._operator(self._fresh)
@@ -167,7 +175,7 @@ class NaturalRWS(HelmholtzSVI):
             dream = self.programs.dream(args, kwargs, subsample=wake.guide, with_grad=True)
             model = source("model", dream.model, None, dream.layout, True)
         else:
-            model = source("model", wake.model, wake.weights(), wake.layout, False)
+            model = source("model", wake.model, self.estimator.weights(wake), wake.layout, False)
         guide = source("guide", wake.guide, wake.uniform(), wake.layout, False)
         with torch.no_grad():
             return assemble([model, guide], leaves, self.programs, self._finder)
@@ -204,3 +212,59 @@ class NaturalRWS(HelmholtzSVI):
         super().load_state_dict(state)
         self.memory.load(state["fisher"], self.programs)
         self._steps = state["steps"]
+
+
+class NaturalRWS(NaturalSVI):
+    """Reweighted wake-sleep with natural gradients.
+
+    Args:
+        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
+        num_particles, sleep_weight, sleep_scale, baseline, max_plate_nesting, dream_args: see
+            ``RWS_ELBO``.
+        damping, fisher, fisher_samples, refresh_every, tolerance, kl_clip: see ``NaturalSVI``.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: PyroOptim | None = None,
+        num_particles: int = 10,
+        *,
+        damping: Schedule = DAMPING,
+        fisher: str = FORM,
+        refresh_every: int | None = None,
+        fisher_samples: str | None = None,
+        sleep_weight: float = 0.5,
+        sleep_steps: int = 1,
+        sleep_scale: float = 1.0,
+        baseline: bool = True,
+        tolerance: float = TOLERANCE,
+        kl_clip: float | None = None,
+        max_plate_nesting: float = math.inf,
+        dream_args: Callable | None = None,
+    ) -> None:
+        estimator = RWS_ELBO(
+            num_particles,
+            sleep_weight=sleep_weight,
+            sleep_scale=sleep_scale,
+            baseline=baseline,
+            max_plate_nesting=max_plate_nesting,
+            dream_args=dream_args,
+        )
+        super().__init__(
+            model,
+            guide,
+            optim,
+            estimator,
+            sleep_steps=sleep_steps,
+            damping=damping,
+            fisher=fisher,
+            refresh_every=refresh_every,
+            fisher_samples=fisher_samples,
+            tolerance=tolerance,
+            kl_clip=kl_clip,
+        )

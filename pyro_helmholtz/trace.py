@@ -118,17 +118,20 @@ class Wake:
         """``log w``, shape (K, number of data), unscaled."""
         return torch.cat([w.reshape(len(w), -1) for w in self.per_turn.values()], 1)
 
-    def bound(self) -> torch.Tensor:
-        """``Σ_b scale_b (logsumexp_s log w − log S)``, a scalar on the host's scale."""
+    def bound(self, power: float = 1.0) -> torch.Tensor:
+        """``Σ_b scale_b · 1/a · (logsumexp_s a log w − log S)``, a scalar on the host's scale.
+
+        The power a is 1 for the log-likelihood's bound and ½ for the bidirectional machine's.
+        """
         total = torch.zeros(())
         for log_w in self.per_turn.values():
-            per_datum = log_w.logsumexp(0) - math.log(self.num_particles)
+            per_datum = ((power * log_w).logsumexp(0) - math.log(self.num_particles)) / power
             total = total.to(per_datum) + (self.layout.common_scale * per_datum).sum()
         return total
 
-    def weights(self) -> dict[tuple, torch.Tensor]:
-        """Normalised weights per turn, shape (K, data dimensions...); sum over particles is 1."""
-        return {key: log_w.softmax(0) for key, log_w in self.per_turn.items()}
+    def weights(self, power: float = 1.0) -> dict[tuple, torch.Tensor]:
+        """``wᵃ`` normalised, by turn, shape (K, data dimensions...); sum over particles is 1."""
+        return {key: (power * log_w).softmax(0) for key, log_w in self.per_turn.items()}
 
     def uniform(self) -> dict[tuple, torch.Tensor]:
         """The weights 1/K of plain wake-sleep and of the guide's Fisher matrix."""
@@ -186,9 +189,17 @@ class Programs:
         return int(self.max_plate_nesting)
 
     @contextmanager
-    def particles(self, nesting: int) -> Iterator[None]:
-        """Run programs with K particles in the leftmost dimension."""
-        with Detached(), pyro.plate(PARTICLES, self.num_particles, dim=-1 - nesting):
+    def particles(
+        self, nesting: int, sampling: AbstractContextManager | None = None
+    ) -> Iterator[None]:
+        """Run programs with K particles in the leftmost dimension.
+
+        Args:
+            nesting: number of plate dimensions. sampling: what is done to samples; by default
+                they are constants.
+        """
+        sampling = Detached() if sampling is None else sampling
+        with sampling, pyro.plate(PARTICLES, self.num_particles, dim=-1 - nesting):
             yield
 
     def wake(
@@ -196,8 +207,14 @@ class Programs:
         args: tuple,
         kwargs: dict[str, Any],
         samples: poutine.Trace | None = None,
+        sampling: AbstractContextManager | None = None,
     ) -> Wake:
         """Draw K particles (or take those of ``samples``) and score them by both programs.
+
+        Args:
+            args: the programs' arguments. kwargs: their keyword arguments.
+            samples: a trace of the guide whose values are used again.
+            sampling: what is done to samples; by default they are constants.
 
         Raises:
             ValueError: a site that cannot be trained so, naming it.
@@ -206,7 +223,7 @@ class Programs:
         with blame():
             nesting = self.nesting(args, kwargs)
         guide = self.guide if samples is None else poutine.replay(self.guide, trace=samples)
-        with blame(), self._validation("wake"), self.particles(nesting):
+        with blame(), self._validation("wake"), self.particles(nesting, sampling):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             check_sites(guide_trace, "guide")
             model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
@@ -242,7 +259,7 @@ class Programs:
         nesting = self.nesting(args, kwargs)
         model = self.model
         if subsample is not None:
-            model = poutine.replay(model, trace=_only_subsamples(subsample))
+            model = poutine.replay(model, trace=only_subsamples(subsample))
         dreaming = Dreaming()
         validation = self._validation("dream")
         with validation, torch.set_grad_enabled(with_grad), Detached(), dreaming:
@@ -265,7 +282,8 @@ class Programs:
         return Dream(model_trace, guide_trace, args, kwargs, Layout.of(sites, nesting))
 
 
-def _only_subsamples(trace: poutine.Trace) -> poutine.Trace:
+def only_subsamples(trace: poutine.Trace) -> poutine.Trace:
+    """The indices of the subsampled plates, to be replayed."""
     indices = poutine.Trace()
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and type(site["fn"]).__name__ == "_Subsample":

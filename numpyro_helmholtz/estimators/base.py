@@ -88,6 +88,7 @@ class HelmholtzELBO(ELBO):
 
     can_infer_discrete = True
     sleep_scale = 1.0
+    power = 1.0  # of w = p/q in the weights of the particles
 
     def __init__(
         self,
@@ -112,6 +113,14 @@ class HelmholtzELBO(ELBO):
             self.dream_args,
             constrained,
         )
+
+    def weights(self, wake: Wake) -> Array:
+        """The particles' normalised weights, see ``Wake.weights``."""
+        return wake.weights(self.power)
+
+    def bound(self, wake: Wake) -> Array:
+        """What is maximised, on the host's scale, see ``Wake.bound``."""
+        return wake.bound(self.power)
 
     def run(
         self,
@@ -175,11 +184,22 @@ class HelmholtzELBO(ELBO):
         return {"loss": loss, "mutable_state": done.mutable or None}
 
 
-def wake_pass(wake: Wake, args: tuple, kwargs: dict[str, Any], dream: Recipe | None) -> Pass:
-    """The pass of a wake phase and, where there was one, a sleep phase."""
+def wake_pass(
+    wake: Wake,
+    args: tuple,
+    kwargs: dict[str, Any],
+    dream: Recipe | None,
+    power: float = 1.0,
+) -> Pass:
+    """The pass of a wake phase and, where there was one, a sleep phase.
+
+    Args:
+        wake: the phase. args, kwargs: of the programs. dream: the sleep phase's guide.
+        power: of the weights and of the bound, see ``Wake.weights``.
+    """
     return Pass(
-        lax.stop_gradient(-wake.bound()),
-        Recipe.of_wake("model", wake, wake.weights(), args, kwargs),
+        lax.stop_gradient(-wake.bound(power)),
+        Recipe.of_wake("model", wake, wake.weights(power), args, kwargs),
         Recipe.of_wake("guide", wake, wake.uniform(), args, kwargs),
         dream,
         wake.mutable,

@@ -59,7 +59,7 @@ class RWS_ELBO(HelmholtzELBO):
         """Run the wake phase and, unless its weight is zero, the sleep phase."""
         wake_key, sleep_key = split(rng_key)
         wake = programs.wake(wake_key, params, args, kwargs, mutable=mutable)
-        weights = wake.weights()
+        weights = self.weights(wake)
         surrogate = score(wake.model, wake.layout, weights)
         if self.sleep_weight < 1:
             signed = weights - 1.0 / wake.num_particles if self.baseline else weights
@@ -70,4 +70,4 @@ class RWS_ELBO(HelmholtzELBO):
             sleep_phi, slept = self.sleep(programs, sleep_key, params, args, kwargs, mutable, wake)
             surrogate = surrogate + self.sleep_weight * sleep_phi
             dream = slept.dream
-        return surrogate, wake_pass(wake, args, kwargs, dream)
+        return surrogate, wake_pass(wake, args, kwargs, dream, self.power)

@@ -87,7 +87,7 @@ def _block(group: _Group, recipes: list[Recipe], programs: Programs, params: Par
     reason = next((f.reason for f in group.found if f.reason), "")
     if not reason:
         try:
-            return _unit_block(group)
+            return _unit_block(group, recipes)
         except Opaque as error:
             reason = str(error)
     return _matrix_free(group, recipes, programs, params, reason)
@@ -101,7 +101,7 @@ def _summary(group: _Group) -> tuple[list[str], bool, str]:
     return sites, not inexact, how
 
 
-def _unit_block(group: _Group) -> UnitBlock:
+def _unit_block(group: _Group, recipes: list[Recipe]) -> UnitBlock:
     forms = {f.entry.form for f in group.found}
     if forms == {"scalar"}:
         components, features, coefficients, kind = _scalar_rows(group)
@@ -110,7 +110,10 @@ def _unit_block(group: _Group) -> UnitBlock:
     else:
         raise Opaque("shared between scalar and coupled arguments")
     sites, exact, how = _summary(group)
-    return UnitBlock(sites, kind, components, features, coefficients, exact, how)
+    block = UnitBlock(sites, kind, components, features, coefficients, exact, how)
+    # The guide's particles weigh alike.
+    block.weighted = any(recipes[f.source].program == "model" for f in group.found)
+    return block
 
 
 def _scalar_rows(group: _Group) -> tuple[list[Component], Array, Array, str]:

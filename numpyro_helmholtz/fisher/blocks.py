@@ -52,6 +52,7 @@ class UnitBlock:
         exact: the information. how: where it comes from.
         basis, scales: of earlier batches, or None for those of this one.
         solver: the form. tolerance: of iterative solves.
+        weighted: whether the rows' weights may be unlike, so that some are negligible.
     """
 
     sites: list[str]
@@ -65,6 +66,7 @@ class UnitBlock:
     scales: Array | None = None
     solver: str = "unit"
     tolerance: float = 1e-2
+    weighted: bool = True
 
     @property
     def site(self) -> str:
@@ -195,7 +197,8 @@ class UnitBlock:
         if self.solver == "diagonal":
             return "diagonal"
         if self.solver == "kronecker":
-            return f"Kronecker (shared eigenbasis to {KRONECKER_SLACK:.0%}, unit scales)"
+            start = "" if self.basis is None else "; diagonal in the first step"
+            return f"Kronecker (shared eigenbasis to {KRONECKER_SLACK:.0%}, unit scales{start})"
         if self.size <= solvers.CHOLESKY_SIZE:
             return "Cholesky"
         over = " over samples" if self._few_rows() else ""
@@ -220,7 +223,8 @@ class UnitBlock:
             return solvers.direct(self.dense(), g, damping)
         if self._few_rows():
             return solvers.over_rows(self.features, self.coefficients, g, damping, self.tolerance)
-        if self.d > 1 or self.rows * self.fan_in * self.units < solvers.LARGE:
+        products = self.rows * self.fan_in * self.units
+        if not self.weighted or self.d > 1 or products < solvers.LARGE:
             return self._in_eigenbasis(g, damping)
         return self._without_idle_rows(g, damping)
 
@@ -233,19 +237,17 @@ class UnitBlock:
         """
         square = (self.features**2).sum(1)
         order = jnp.argsort(-self.coefficients.max(1) * square)
-        total = square @ self.coefficients
-
-        def idle(count: int) -> Array:
-            rest = order[count:]
-            left = square[rest] @ self.coefficients[rest]
-            return (left <= self.tolerance / 4 * (damping + total)).all()
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(self.rows))
+        counts = [c for c in (self.rows // 4, self.rows // 2) if c < self.fan_in]
+        left = jnp.where(place >= np.array([[0], *([c] for c in counts)]), square, 0)
+        left = left @ self.coefficients  # of all rows, then without the first so many
+        idle = (left[1:] <= self.tolerance / 4 * (damping + left[0])).all(1)
 
         def over(count: int, g: Array) -> Solution:
             u, q = self.features[order[:count]], self.coefficients[order[:count]]
             return solvers.over_rows(u, q, g, damping, self.tolerance)
 
-        counts = [c for c in (self.rows // 4, self.rows // 2) if c < self.fan_in]
-        which = sum((~idle(c)).astype(int) for c in counts)
+        which = (~idle).sum()
         branches = [partial(over, c) for c in counts]
         return lax.switch(which, [*branches, lambda g: self._in_eigenbasis(g, damping)], g)
 

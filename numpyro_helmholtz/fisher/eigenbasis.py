@@ -7,11 +7,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .solvers import Array, Operator
 
 SMALL = 64  # no band below this size
+STARTS = 32  # about so many places are tried for the band's start
+PARTS = 16  # at most about so many parts for what is outside the band
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "vectors"], meta_fields=[])
@@ -71,8 +74,7 @@ class EigenBasis:
 
         Eigenvalues in a band that the damping hardly tells apart count as one: then the
         inverse is a multiple of the identity but for the others, and costs
-        units·size·others instead of units·size². How many others there are is one of a few
-        fixed shares of the basis, the smallest that is enough.
+        units·size·others instead of units·size². The others are taken a few at a time.
 
         Args:
             g: (units, d·size). scales: (units,) or (units, d, d). damping: α > 0.
@@ -86,32 +88,30 @@ class EigenBasis:
             apart = jnp.maximum(inner, 0).reshape(-1)
             inside = self.inverse(turned.reshape(-1, self.size), apart, damping, slack)
             return (turn @ inside.reshape(turned.shape)).reshape(g.shape)
-        low, count = self._band(scales.max(), damping, slack)
-        middle = (self.values[low] + self.values[low + count - 1]) / 2
-        distance = jnp.abs(self.values - middle)
+        low, high = self._band(scales.max(), damping, slack)
+        middle = (self.values[low] + self.values[high - 1]) / 2
         rest = 1 / (damping + scales[:, None] * middle)
+        others = self.size - (high - low)
+        width = max(SMALL // 2, -(-self.size // PARTS))
 
-        def whole(g: Array) -> Array:
-            return self.back(self.scaled_inverse(scales, damping)(self.to(g)))
-
-        def banded(others: int, g: Array) -> Array:
-            _, which = lax.top_k(distance, others)
+        def add(part: Array, x: Array) -> Array:
+            place = part * width + jnp.arange(width)  # counted from the end of the band on
+            which = (high + place) % self.size
             v = self.vectors[:, which]
             change = 1 / (damping + scales[:, None] * self.values[which]) - rest
-            return g * rest + ((g @ v) * change) @ v.T
+            return x + ((g @ v) * jnp.where(place < others, change, 0)) @ v.T
 
-        shares = [max(1, self.size // 32), self.size // 8, 3 * self.size // 8]
-        branch = (self.size - count > jnp.asarray(shares)).sum()
-        return lax.switch(branch, [partial(banded, others) for others in shares] + [whole], g)
+        return lax.fori_loop(0, -(-others // width), add, g * rest)
 
     def _band(self, scale: Array, damping: Array, slack: float) -> tuple[Array, Array]:
-        """First and number of the most eigenvalues that may count as one.
+        """First and last plus one of the most eigenvalues that may count as one.
 
-        ``s (λ₂ − λ₁)/2 ≤ slack (α + s (λ₂ + λ₁)/2)``.
+        ``s (λ₂ − λ₁)/2 ≤ slack (α + s (λ₂ + λ₁)/2)``; it starts at one of ``STARTS`` places.
         """
         tiny = jnp.finfo(self.values.dtype).tiny
         room = 2 * slack * damping / jnp.maximum(scale, tiny)
-        top = (room + (1 + slack) * self.values) / (1 - slack)
-        counts = jnp.searchsorted(self.values, top, side="right") - jnp.arange(self.size)
-        low = counts.argmax()
-        return low, jnp.maximum(counts[low], 1)
+        starts = np.arange(0, self.size, max(1, self.size // STARTS))
+        top = (room + (1 + slack) * self.values[starts]) / (1 - slack)
+        ends = jnp.maximum((self.values <= top[:, None]).sum(1), starts + 1)
+        best = (ends - starts).argmax()
+        return jnp.asarray(starts)[best], ends[best]

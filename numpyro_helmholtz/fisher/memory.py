@@ -26,6 +26,7 @@ from .matrix_free import MatrixFreeBlock
 from .statistics import Statistics, renewed
 
 Array = Any
+Spectra = dict[str, tuple[Array, Array]]  # eigenvalues and scales of each layer
 FORMS = ("unit", "diagonal", "kronecker")
 SAMPLES = ("lagged", "average", "same", "dream")
 RING = 8
@@ -170,28 +171,22 @@ class Memory:
 
     def fisher(self, kept: Kept, current: list[Block], damping: Array | float) -> Fisher:
         """The matrix for a step whose own batch gave ``current``."""
-        return Fisher([self._recall(kept, block) for block in current], damping)
+        blocks = [self._recall(kept, block) for block in current]
+        if self.form == "kronecker":
+            blocks = _with_statistics(blocks, kept)
+        return Fisher(blocks, damping)
 
     def _recall(self, kept: Kept, block: Block) -> Block:
-        first = kept.batches == 0
         held = kept.held.get(block.key)
         if held is not None and self._rings(block):
             block = self._from_ring(block, kept, held)
         elif held is not None:
-            block = _lagged(block, held, first)
+            block = _lagged(block, held, kept.batches == 0)
         if isinstance(block, MatrixFreeBlock):
             return replace(block, tolerance=self.tolerance)
         block = replace(block, solver=self.form, tolerance=self.tolerance)
         known = kept.statistics.get(block.key)
-        if known is None:
-            return block
-        if self.form == "unit":
-            return replace(block, basis=known.basis)
-        # Before the first batch the basis is that of the features themselves.
-        scales = block.unit_scales()
-        values = block.features_scale() / mean_scale(scales)
-        basis = EigenBasis(jnp.where(first, values, known.basis.values), known.basis.vectors)
-        return replace(block, basis=basis, scales=jnp.where(first, scales, known.scales))
+        return block if known is None else replace(block, basis=known.basis)
 
     def _from_ring(self, block: Block, kept: Kept, held: dict[str, Any]) -> Block:
         """The mean over the batches in a ring; the block's own where it is empty."""
@@ -227,6 +222,36 @@ def _lagged(block: Block, held: dict[str, Any], first: Array) -> Block:
     u = jnp.concatenate([own["features"], held["features"]])
     counts = [own["coefficients"] * first, held["coefficients"] * ~first]
     return block.with_arrays({"features": u, "coefficients": jnp.concatenate(counts)})
+
+
+def _with_statistics(blocks: list[Block], kept: Kept) -> list[Block]:
+    """Blocks with the eigenbases and scales that are kept.
+
+    Before the first batch the basis is that of the features themselves: the Fisher matrix is
+    diagonal in the features, by the batch's own means. An eigenbasis of it would be one more to
+    compile, for one step.
+    """
+    layers = {b.key: b for b in blocks if isinstance(b, UnitBlock) and b.key in kept.statistics}
+
+    def own(_: Spectra) -> Spectra:
+        scales = {key: block.unit_scales() for key, block in layers.items()}
+        return {
+            key: (block.features_scale() / mean_scale(scales[key]), scales[key])
+            for key, block in layers.items()
+        }
+
+    known = {
+        key: (kept.statistics[key].basis.values, kept.statistics[key].scales) for key in layers
+    }
+    spectra = lax.cond(kept.batches == 0, own, lambda known: known, known)
+    result: list[Block] = []
+    for block in blocks:
+        if isinstance(block, UnitBlock) and block.key in layers:
+            values, scales = spectra[block.key]
+            basis = EigenBasis(values, kept.statistics[block.key].basis.vectors)
+            block = replace(block, basis=basis, scales=scales)
+        result.append(block)
+    return result
 
 
 def _kept_arrays(block: Block) -> dict[str, Any]:

@@ -103,6 +103,15 @@ class HelmholtzELBO(ELBO):
         self._programs: Programs | None = None
 
     sleep_scale = 1.0
+    power = 1.0  # of w = p/q in the weights of the particles
+
+    def weights(self, wake: Wake) -> dict[tuple, Tensor]:
+        """The particles' normalised weights, see ``Wake.weights``."""
+        return wake.weights(self.power)
+
+    def bound(self, wake: Wake) -> Tensor:
+        """What is maximised, on the host's scale, see ``Wake.bound``."""
+        return wake.bound(self.power)
 
     def programs(self, model: Callable, guide: Callable) -> Programs:
         """The programs with this estimator's options, remembered between calls."""
@@ -130,7 +139,7 @@ class HelmholtzELBO(ELBO):
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the K-particle bound, on the host's scale; no gradient."""
         with torch.no_grad():
-            return float(-self.programs(model, guide).wake(args, kwargs).bound())
+            return float(-self.bound(self.programs(model, guide).wake(args, kwargs)))
 
     def differentiable_loss(
         self, model: Callable, guide: Callable, *args: Any, **kwargs: Any

@@ -48,7 +48,7 @@ class RWS_ELBO(HelmholtzELBO):
     def run(self, programs: Programs, args: tuple, kwargs: dict[str, Any]) -> Pass:
         """Run the wake phase and, unless its weight is zero, the sleep phase."""
         wake = programs.wake(args, kwargs)
-        weights = wake.weights()
+        weights = self.weights(wake)
         surrogate = score(wake.model, wake.layout, weights)
         if self.sleep_weight < 1:
             signed = self._signed(wake, weights)
@@ -59,7 +59,7 @@ class RWS_ELBO(HelmholtzELBO):
             dream = self.sleep(programs, wake, args, kwargs)
             sleep_phi = score(dream.guide, dream.layout, None, observed=False)
             surrogate = surrogate + self.sleep_weight * self.sleep_scale * sleep_phi
-        return Pass(-wake.bound(), surrogate, wake, dream)
+        return Pass(-self.bound(wake), surrogate, wake, dream)
 
     def _signed(self, wake: Wake, weights: dict) -> dict:
         shift = 1.0 / wake.num_particles if self.baseline else 0.0

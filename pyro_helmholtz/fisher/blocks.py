@@ -224,8 +224,10 @@ class UnitBlock:
         if self.solver == "diagonal":
             return "diagonal"
         if self.solver == "kronecker":
-            rank = f", {RANK} largest eigenvalues" if self.fan_in > WIDE else ""
-            return f"Kronecker (shared eigenbasis to {KRONECKER_SLACK:.0%}, unit scales{rank})"
+            rest = "" if self.basis is None else "; diagonal in the first step"
+            if self.fan_in > WIDE:
+                rest = f", {RANK} largest eigenvalues"
+            return f"Kronecker (shared eigenbasis to {KRONECKER_SLACK:.0%}, unit scales{rest})"
         if self.way() == "dense":
             return "Cholesky"
         space = "in the space of the samples " if self.way() == "samples" else ""

@@ -43,6 +43,12 @@ class EigenBasis:
         values, left = values[keep], left[:, keep]
         return cls(values, (rows.t() @ left) / values.sqrt())
 
+    @classmethod
+    def of_features(cls, diagonal: Tensor) -> EigenBasis:
+        """Of the mean block's diagonal alone, (size,)."""
+        values, order = diagonal.sort()
+        return cls(values, torch.eye(len(values)).to(values)[:, order])
+
     def inverse(self, scales: Tensor, damping: float, slack: float) -> Operator:
         """``P_j⁻¹`` as a function of (units, d·size).
 

@@ -16,7 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from ..trace import Programs
-from .blocks import Block, Part, UnitBlock
+from . import eigenbasis
+from .blocks import Block, Part, UnitBlock, mean_scale
+from .eigenbasis import EigenBasis
 from .matrix_free import MatrixFreeBlock
 from .statistics import Statistics
 
@@ -116,16 +118,31 @@ class Memory:
     def fisher(self, current: list[Block], damping: float) -> Fisher:
         """The matrix for a step whose own batch gave ``current``."""
         if self.samples == "same" or not self.batches:
-            return Fisher([self._finish(b, fresh=True) for b in current], damping)
+            return Fisher([self._alone(b) for b in current], damping)
         known = [{block.key: block for block in batch} for batch in self.batches]
         kept = [_average([batch.get(b.key) for batch in known], b) for b in current]
         return Fisher([self._finish(b) for b in kept], damping)
 
-    def _finish(self, block: Block, *, fresh: bool = False) -> Block:
+    def _alone(self, block: Block) -> Block:
+        """A block by its own batch.
+
+        The Kronecker form is diagonal before the first batch: one batch alone says nothing of
+        most directions, and the first dreams, which are noise, would take them at full length.
+        """
+        kronecker = self.form == "kronecker"
+        if kronecker and isinstance(block, UnitBlock):
+            block = replace(block, solver=self.form, tolerance=self.tolerance)
+            if self.samples == "same" or block.fan_in > eigenbasis.WIDE:
+                return block
+            diagonal = block.root().square().sum(0) / mean_scale(block.unit_scales())
+            return replace(block, basis=EigenBasis.of_features(diagonal))
+        return self._finish(block)
+
+    def _finish(self, block: Block) -> Block:
         if isinstance(block, MatrixFreeBlock):
             return replace(block, tolerance=self.tolerance, _pieces=[])
         known = self.statistics.get(block.key)
-        if known is None or (fresh and self.form == "kronecker"):
+        if known is None:
             return replace(block, solver=self.form, tolerance=self.tolerance)
         scales = known.scales if self.form == "kronecker" else None
         return replace(

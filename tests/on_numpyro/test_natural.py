@@ -11,6 +11,7 @@ import pytest
 from jax import lax, random
 
 import numpyro_helmholtz as nh
+import numpyro_helmholtz.natural
 from numpyro_helmholtz.columns import Columns
 from numpyro_helmholtz.fisher.blocks import Component, UnitBlock
 from numpyro_helmholtz.fisher.statistics import Statistics, renewed
@@ -190,15 +191,42 @@ def test_running_means_of_the_kronecker_form():
     close(turned, np.diag(np.diagonal(turned)), 1e-12)
 
 
-def test_the_kronecker_form_takes_in_every_fourth_batch():
+def test_the_average_takes_in_every_batch_at_first_and_then_every_eighth(monkeypatch):
+    monkeypatch.setattr(numpyro_helmholtz.natural, "REFRESH_ALL", 3)
     svi, _ = natural(rate=0.0)
     state = svi.init(KEY, X)
     step = jax.jit(svi.update)
     counts = []
-    for _ in range(9):
+    for _ in range(18):
         state, _ = step(state, X)
         counts.append(int(state.memory.batches))
-    assert counts == [1, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert counts == [1, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 5, 5]
+
+
+@pytest.mark.parametrize(("optim", "rates"), [(None, (0.2, 0.1)), (optax.sgd(0.1), (0.1, 0.1))])
+def test_the_default_rate_falls_with_the_root_of_the_steps(optim, rates):
+    sbn = SBN()
+    svi = nh.NaturalRWS(sbn.model, sbn.guide, optim, num_particles=3)
+    step = jax.jit(svi.update)
+    for count, rate in zip((0, 900), rates, strict=True):
+        state = svi.init(KEY, X)._replace(step=jnp.asarray(count, jnp.int32))
+        natural = svi.directions(state, X).natural
+        before, after = svi.get_params(state), svi.get_params(step(state, X)[0])
+        for name, value in after.items():
+            close(value, before[name] + rate * natural[name], 1e-10)
+
+
+def test_the_kronecker_form_is_diagonal_in_the_first_step():
+    """One batch says nothing of most directions: noisy first dreams would go their full length."""
+    svi, _ = natural()
+    found = svi.directions(svi.init(KEY, X), X)
+    for block in found.fisher.blocks:
+        g, alpha = block.gather(found.gradient), found.fisher.damping
+        scales = block.unit_scales()
+        diagonal = block.features_scale() / scales.sum()
+        expected = (1 + alpha) * g / (alpha + scales[:, None] * diagonal)
+        close(block.gather(found.natural), expected, 1e-10)
+        assert "diagonal in the first step" in block.method()
 
 
 def layer(seed):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pyro_helmholtz as ph
+import pyro_helmholtz.natural
 from pyro_helmholtz import NaturalRWS
 
 from .programs import SBN, snapshot
@@ -108,6 +109,48 @@ def test_refresh_every():
         taken.append(id(svi.memory.batches[-1]))
     changes = [i for i in range(1, 7) if taken[i] != taken[i - 1]]
     assert changes == [3, 6]
+
+
+def test_the_average_takes_in_every_batch_at_first_and_then_every_eighth(monkeypatch):
+    monkeypatch.setattr(pyro_helmholtz.natural, "REFRESH_ALL", 3)
+    sbn, x = SBN(), data()
+    svi = natural(sbn)
+    taken = []
+    for _ in range(18):
+        svi.step(x)
+        taken.append(next(iter(svi.memory.statistics.values())).updates)
+    assert taken == [1, 2, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 5, 5]
+
+
+@pytest.mark.parametrize("steps", [0, 900])
+@pytest.mark.parametrize("own", [False, True])
+def test_the_default_rate_falls_with_the_root_of_the_steps(steps, own):
+    sbn, x = SBN(), data()
+    optim = pyro.optim.SGD({"lr": 0.1}) if own else None
+    svi = NaturalRWS(sbn.model, sbn.guide, optim, num_particles=6)
+    svi.step(x)
+    svi._steps = steps
+    pyro.set_rng_seed(1)
+    direction = svi.directions(x).natural
+    before = snapshot()
+    pyro.set_rng_seed(1)
+    svi.step(x)
+    rate = 0.1 if own else 0.2 / (1 + steps / 300) ** 0.5
+    for name, value in snapshot().items():
+        torch.testing.assert_close(value, before[name] + rate * direction[name])
+
+
+def test_the_kronecker_form_is_diagonal_in_the_first_step():
+    """One batch says nothing of most directions: noisy first dreams would go their full length."""
+    sbn, x = SBN(), data()
+    found = natural(sbn).directions(x)
+    for block in found.fisher.blocks:
+        g, alpha = block.gather(found.gradient), found.fisher.damping
+        scales = block.unit_scales()
+        diagonal = block.root().square().sum(0) / scales.sum()
+        expected = (1 + alpha) * g / (alpha + scales[:, None] * diagonal)
+        torch.testing.assert_close(block.gather(found.natural), expected)
+        assert "diagonal in the first step" in block.method()
 
 
 def test_directions_update_nothing():
