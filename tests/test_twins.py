@@ -96,10 +96,17 @@ def test_the_same_names_in_each_module(name):
 @pytest.mark.parametrize(
     "name",
     [
+        "ALWS",
+        "ALWS_ELBO",
+        "BiHM",
+        "BiHM_ELBO",
+        "NaturalBiHM",
         "NaturalRWS",
         "RWS",
-        "WakeSleep",
         "RWS_ELBO",
+        "StochasticBackprop",
+        "StochasticBackprop_ELBO",
+        "WakeSleep",
         "WakeSleep_ELBO",
     ],
 )
