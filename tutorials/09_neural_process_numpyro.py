@@ -1,0 +1,265 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # A neural process, in NumPyro
+#
+# A neural process learns to guess a function from a few of its points. It is a conditional model:
+# a latent code z is drawn given the *context* points, and the *target* values given z. The usual
+# way to train it replaces the posterior of z by the code's distribution given all points, which is
+# an approximation. `ALWS` follows the likelihood itself (Wenliang et al. 2020, section 4.5 and
+# appendix C.5). We train both and compare
+# their predictions.
+#
+# `TUTORIAL_FAST=1` makes everything shorter.
+
+# %%
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from jax import lax, random
+from jax.scipy.linalg import cho_solve
+from numpyro import handlers
+from numpyro.infer import SVI, Trace_ELBO
+from scipy import stats
+from tqdm import tqdm
+
+import numpyro_helmholtz as nh
+
+FAST = os.environ.get("TUTORIAL_FAST") == "1"
+STEPS, FACTOR = (20, 2) if FAST else (2500, 8)
+BATCH, DREAMS = (4, 20) if FAST else (8, 100)  # functions per step, dreams for each
+HIDDEN, LATENTS = (16, 8) if FAST else (64, 50)
+TEST = 50 if FAST else 500
+os.makedirs("figures", exist_ok=True)
+
+# %% [markdown]
+# ## The functions
+#
+# Sinusoids of random amplitude and phase on (−π, π), seen at eight random places with noise of
+# standard deviation 0.1. The first four points are the context. The targets are all eight.
+
+
+# %%
+def functions(key, count):
+    """Places and noisy values, (count, 8), and amplitude and phase, (count, 1)."""
+    keys = random.split(key, 4)
+    amplitude = random.uniform(keys[0], (count, 1), minval=-1.0, maxval=1.0)
+    phase = random.uniform(keys[1], (count, 1), minval=-0.5, maxval=0.5)
+    x = random.uniform(keys[2], (count, 8), minval=-np.pi, maxval=np.pi)
+    y = amplitude * jnp.sin(x + phase) + 0.1 * random.normal(keys[3], x.shape)
+    return x, y, amplitude, phase
+
+
+# %% [markdown]
+# ## The model
+#
+# Each context point goes through a network, and the mean of what comes out decides the normal
+# distribution of z. A second network takes z and a place to the mean and the standard deviation of
+# the value there. The deviations start near 0.7, wider than the data, as `ALWS` wants it.
+
+
+# %%
+def network(name, h, sizes):
+    for i, size in enumerate(sizes):
+        gain = np.sqrt((2 if i + 1 < len(sizes) else 1) / h.shape[-1])
+        shape = (h.shape[-1], size)
+        w = numpyro.param(f"{name}{i}.w", lambda key, s=shape, g=gain: g * random.normal(key, s))
+        h = h @ w + numpyro.param(f"{name}{i}.b", jnp.zeros(size))
+        h = jax.nn.relu(h) if i + 1 < len(sizes) else h
+    return h
+
+
+def code(x, y):
+    """Draw z given any set of points; x, y: (functions, points)."""
+    r = network("encoder", jnp.stack([x, y], -1), (HIDDEN, HIDDEN, LATENTS)).mean(-2)
+    loc, s = jnp.split(network("code", r, (HIDDEN, 2 * LATENTS)), 2, -1)
+    return numpyro.sample("z", dist.Normal(loc, 0.1 + 0.9 * jax.nn.sigmoid(s)).to_event(1))
+
+
+def values(z, x):
+    """Mean and deviation at the places x, (functions, points)."""
+    h = network("decoder.z", z, (HIDDEN,))[..., None, :]
+    h = h + network("decoder.x", x[..., None], (HIDDEN,))
+    out = network("decoder", jax.nn.relu(h), (HIDDEN, 2))
+    return out[..., 0], 0.05 + 0.95 * jax.nn.softplus(out[..., 1])
+
+
+def model(x, y):
+    with numpyro.plate("functions", len(x)):
+        loc, scale = values(code(x[:, :4], y[:, :4]), x)
+        numpyro.sample("y", dist.Normal(loc, scale).to_event(1), obs=y)
+
+
+# %% [markdown]
+# ## One regression for each context
+#
+# The gradient of a conditional model depends on the condition. The argument `condition` of `ALWS`
+# joins such variables to the input of the regression. With few dreams it is better to keep the
+# contexts apart: the dreams of one context serve the data of this context alone. (The paper takes
+# one context for a step.) That is a regression of our own, an object with `solve`, a few lines
+# long. The dreams come as one row for each particle and each function, functions running fastest.
+
+
+# %%
+class PerContext(nh.GradientModel):
+    """Kernel ridge regression on the standardised dreams of each context by itself."""
+
+    def solve(self, x, targets, gamma=None):
+        """Weights (dreams, data) and their sums (data,), from inputs (dreams, 8), (data, 8)."""
+        count = len(targets)
+        x = x.reshape(-1, count, x.shape[-1]).swapaxes(0, 1)  # (contexts, dreams, 8)
+        mean, deviation = x.mean(1, keepdims=True), x.std(1, keepdims=True)
+        x, targets = (x - mean) / deviation, (targets[:, None] - mean) / deviation
+
+        def kernel(a, b):
+            cross = jnp.einsum("msd,mtd->mst", a, b)
+            squares = jnp.square(a).sum(-1)[:, :, None] + jnp.square(b).sum(-1)[:, None]
+            return jnp.exp((2 * cross - squares) / (2 * a.shape[-1]))
+
+        gram = kernel(x, x) + self.ridge * jnp.eye(x.shape[1])
+        factors = jnp.linalg.cholesky(gram)
+        weights = jax.vmap(lambda f, k: cho_solve((f, True), k))(factors, kernel(x, targets))
+        weights = weights[..., 0]
+        return jnp.einsum("ms,mn->smn", weights, jnp.eye(count)).reshape(-1, count), weights.sum(1)
+
+
+# %% [markdown]
+# ## Training
+#
+# The variational way: the guide draws z given all eight points, by the networks of the model
+# itself (Garnelo et al. 2018). Its steps are cheaper. So we train it twice: for as many steps, and
+# for eight times as many.
+
+
+# %%
+def guide(x, y):
+    with numpyro.plate("functions", len(x)):
+        code(x, y)
+
+
+def train(name, make, steps):
+    """Adam with a rate that falls to 0; new functions at each step."""
+    svi = make(optax.adam(optax.cosine_decay_schedule(2e-3, steps)))
+
+    def body(i, carry):
+        state, key = carry
+        key, own = random.split(key)
+        x, y, *_ = functions(own, BATCH)
+        return svi.update(state, x, y)[0], key
+
+    many = jax.jit(lambda carry, count: lax.fori_loop(0, count, body, carry))
+    x, y, *_ = functions(random.key(1), BATCH)
+    carry = svi.init(random.key(0), x, y), random.key(2)
+    jax.block_until_ready(many(carry, 1))  # compiles
+    start = time.process_time()
+    for _ in tqdm(range(10), desc=name):
+        carry = jax.block_until_ready(many(carry, steps // 10))
+    spent = time.process_time() - start
+    print(f"{name}: {steps} steps of {BATCH} functions in {spent:.1f} s of processor time")
+    if isinstance(svi, nh.ALWS):
+        print(svi.diagnostics(carry[0]))
+    return svi.get_params(carry[0])
+
+
+def by_regression(adam):
+    return nh.ALWS(model, adam, BATCH * DREAMS, gradient_model=PerContext(ridge=0.1))
+
+
+def by_guide(adam):
+    return SVI(model, guide, adam, Trace_ELBO())
+
+
+trained = {
+    "ALWS": train("ALWS", by_regression, STEPS),
+    "variational": train("variational", by_guide, STEPS),
+    "variational, longer": train("variational, longer", by_guide, FACTOR * STEPS),
+}
+
+# %% [markdown]
+# ## Predictions
+#
+# Given four points of a new function, we draw codes and average what they predict on a grid. The
+# error is the logarithm of the mean squared distance to the function without noise.
+
+# %%
+grid = jnp.linspace(-np.pi, np.pi, 100)
+x, y, amplitude, phase = functions(random.key(3), TEST)
+truth = amplitude * jnp.sin(grid + phase)
+
+
+@jax.jit
+def draws(params, x, y):
+    """Predicted means of 50 codes on the grid, (50, functions, 100)."""
+
+    def program():
+        with numpyro.plate("functions", len(x)):
+            z = code(x, y)
+        return values(z, jnp.broadcast_to(grid, (len(x), len(grid))))[0]
+
+    with_params = handlers.substitute(program, params)
+    return lax.map(lambda key: handlers.seed(with_params, key)(), random.split(random.key(4), 50))
+
+
+errors = {"mean of draws": {}, "one draw": {}}
+for name, params in trained.items():
+    found = draws(params, x[:, :4], y[:, :4])
+    for kind, guess in (("mean of draws", found.mean(0)), ("one draw", found[0])):
+        errors[kind][name] = np.log(jnp.square(guess - truth).mean(1)).astype(float)
+for kind, found in errors.items():
+    print(kind, {name: round(float(e.mean()), 2) for name, e in found.items()})
+    for name, other in list(found.items())[1:]:
+        test = stats.ttest_rel(found["ALWS"], other)
+        print(f"  against {name}: t = {test.statistic:.2f}, p = {test.pvalue:.1e} (paired t-test),")
+        print(
+            f"  p = {stats.wilcoxon(found['ALWS'], other).pvalue:.1e} (Wilcoxon), {TEST} functions"
+        )
+
+# %%
+fig, axes = plt.subplots(3, 4, figsize=(8, 5), sharex=True, sharey=True, layout="constrained")
+for row, (name, params) in zip(axes, trained.items(), strict=True):
+    for points, ax in zip((1, 2, 3, 4), row, strict=True):
+        found = draws(params, x[:1, :points], y[:1, :points])
+        ax.plot(grid, found[:20, 0].T, color="C0", lw=0.5, alpha=0.5)
+        ax.plot(grid, truth[0], color="C1")
+        ax.plot(x[0, :points], y[0, :points], "k.")
+        ax.set_title(f"{name}, {points} given", fontsize=8)
+fig.savefig("figures/09_neural_process_numpyro.png", dpi=80)
+
+# %% [markdown]
+# ## What came out
+#
+# `taskset -c 1 python tutorials/09_neural_process_numpyro.py`, seeds as above, one core that
+# other jobs shared, 8 functions and 800 dreams per step. Logarithm of the mean squared error, mean
+# over 500 test functions given 4 points; lower is better:
+#
+# | | steps | processor time | mean of draws | one draw |
+# |---|---|---|---|---|
+# | ALWS | 2,500 | 14.0 s | −3.67 | −2.78 |
+# | variational | 2,500 | 0.6 s | −4.42 | −4.10 |
+# | variational, longer | 20,000 | 4.5 s | **−5.34** | **−4.92** |
+#
+# So here `ALWS` is **behind**, at equal steps (paired t-test: t = 21.8) and all the more at equal
+# time, for its step costs 23 times as much. The paper reports the opposite after
+# 200,000 steps of one function with 4,000 dreams (−5.11 against −4.99), which is far more than
+# this run. Whether that decides it was not tried.
+#
+# The standardisation in `PerContext` matters: on values as they are, with the median distance as
+# the bandwidth, the same run diverged, with ridge 0.01 and with ridge 0.1 and an affine part
+# alike. The coverage fell to 0, which `diagnostics` shows.
+#
+# The first two rows of the figure (orange: the function, blue: draws, dots: what is given):
+#
+# ![predictions](../docs/09_neural_process_numpyro.png)
