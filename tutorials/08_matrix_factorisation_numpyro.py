@@ -160,8 +160,9 @@ trained = {
 # ## Reconstruct and denoise
 #
 # Each model is asked for the most probable latents of an image, the mode of `log p(z, x)` over z.
-# The prior of z is flat, so this is a concave problem in `logit(z)`; Adam takes 100 steps. The guide
-# plays no part. What those latents give back as probabilities of the pixels is the reconstruction.
+# The prior of z is flat, so this is a concave problem in `logit(z)`; Adam takes 100 steps. The
+# guide plays no part. What those latents give back as probabilities of the pixels is the
+# reconstruction.
 #
 # For denoising a tenth of the pixels is flipped, and the error is taken against the clean image.
 

@@ -343,15 +343,14 @@ def test_large_damping_gives_the_gradient(name, fisher):
 
 def test_kronecker_solve_is_the_shared_eigenbasis():
     model, guide, x = program(logits)
-    d = natural(model, guide, fisher="kronecker").directions
     svi = natural(model, guide, fisher="kronecker")
     d = svi.directions(svi.init(KEY, x), x)
     (block,) = [b for b in d.fisher.blocks if b.site == "x"]
     u, q = np.asarray(block.features), np.asarray(block.coefficients)
     mean = np.einsum("nj,na,nb->ab", q, u, u) / q.sum()
-    g = np.asarray(block.gather(d.gradient))
+    g, alpha = np.asarray(block.gather(d.gradient)), float(d.fisher.damping)
     for j, s in enumerate(q.sum(0)):
-        truth = np.linalg.solve(0.2 * np.eye(4) + s * mean, 1.2 * g[j])
+        truth = np.linalg.solve(alpha * np.eye(4) + s * mean, (1 + alpha) * g[j])
         close(block.gather(d.natural)[j], truth, 1e-10)
 
 
