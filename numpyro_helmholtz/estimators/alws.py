@@ -138,7 +138,9 @@ class ALWS_ELBO(HelmholtzELBO):
         gradient_model: "kernel", "random-features", "nystrom", "network" or "direct", or an
             object with ``weights(x, targets)``.
         affine: see ``KernelRegression``. exponential_family: use the natural form of observed
-            sites that have one. False regresses log p itself.
+            sites that have one. False regresses log p itself, which has more variance but is
+            safer where no dream lies near a datum (little noise, long series): there the natural
+            form misjudges parameters of scale.
         held_out: further dreams of the same run that measure the regression's error.
         log_prior: from the dictionary of constrained parameters to a log-density, which counts
             once for the whole data set. condition: ``fn(*args, **kwargs)`` to an array (data
