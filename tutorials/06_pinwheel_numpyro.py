@@ -239,8 +239,8 @@ fig.savefig("figures/06_pinwheel_numpyro.png", dpi=80)
 # The strength of the reward for small probabilities decides a lot. With 0.02 (6,500 steps) one
 # component took 94 % and the network bent it over all arms (MMD² 0.032, p = 0.001). With 0.01
 # (5,600 steps) the five largest carried 95.7 %, but one of them served two arms (MMD² 0.007,
-# p = 0.001). We kept 0.004, where every arm has its own; all were compared on the same fresh points.
-# So masses alone do not count arms: look at the picture.
+# p = 0.001). We kept 0.004, where every arm has its own; all were compared on the same fresh
+# points. So masses alone do not count arms: look at the picture.
 #
 # Longer training does not help as it stands: after 25,000 steps with 0.004, and after 20,000 with
 # 0.001, one component had taken all the mass (MMD² 0.059 and 0.044). The network bends one cluster

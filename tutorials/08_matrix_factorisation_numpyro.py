@@ -228,8 +228,8 @@ fig.savefig("figures/08_matrix_factorisation_numpyro.png", dpi=80)
 # | reconstruct, after 30 s (`SECONDS = 30`) | **0.0142** | 0.0335 |
 # | denoise, after 30 s | **0.0468** | 0.0742 |
 #
-# After 90 s each difference has p < 1e-100 in a paired t-test and in Wilcoxon's test. The autoencoder
-# comes closer with time, and for it only the rates 2e-3 and 5e-3 were tried: this says which one is ahead
-# at equal time, not where they end.
+# After 90 s each difference has p < 1e-100 in a paired t-test and in Wilcoxon's test. The
+# autoencoder comes closer with time, and for it only the rates 2e-3 and 5e-3 were tried: this says
+# which one is ahead at equal time, not where they end.
 #
 # ![strokes and reconstructions](../docs/08_matrix_factorisation_numpyro.png)
