@@ -288,9 +288,9 @@ fig.savefig("figures/02_learning_numpyro.png", dpi=110)
 # every point. Steps of so small a network take about a millisecond, so the seconds depend on what
 # else the computer does.
 #
-# On MNIST, where steps are dear, it looks like this (784-200-100, four epochs, three seeds, one core;
-# `benchmarks/numpyro_learning.py`). Natural gradients lead per epoch at first. In seconds, plain RWS
-# at a rate found by trying is ahead, and Adam is behind both:
+# On MNIST, where steps are dear, it looks like this (784-200-100, four epochs, three seeds, one
+# core; `benchmarks/numpyro_learning.py`). Natural gradients lead per epoch at first. In seconds,
+# plain RWS at a rate found by trying is ahead, and Adam is behind both:
 #
 # ![Learning curves on MNIST](../docs/numpyro_learning.png)
 #
