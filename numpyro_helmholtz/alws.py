@@ -20,8 +20,8 @@ from .estimators.alws import ALWS_ELBO, SleepPass, no_guide
 from .estimators.base import Pass
 from .gradient_models import DEFAULT_RIDGE, NetworkRegression, ParticleSimulator
 from .optimiser import of_numpyro
-from .parameters import Params
-from .svi import HelmholtzState, HelmholtzSVI, _strong
+from .parameters import Params, strong
+from .svi import HelmholtzState, HelmholtzSVI
 
 DEFAULT_HELD_OUT = 200
 DEFAULT_ADAPT = 1e-3
@@ -142,11 +142,11 @@ class ALWS(HelmholtzSVI):
         gamma, found = self.estimator.init_gamma(
             self.programs, rng_key, params, args, kwargs, mutable
         )
-        learned = _strong(gamma["learned"])
+        learned = strong(gamma["learned"])
         dtype = jnp.result_type(float)
         report = {name: jnp.full((), math.nan, dtype) for name in REPORT}
         learned = learned if self.adapt is None else self.adapt.init(learned)
-        return Regression(learned, _strong(gamma["fixed"]), report), found
+        return Regression(learned, strong(gamma["fixed"]), report), found
 
     def _gamma(self, memory: Regression) -> dict[str, Any]:
         learned = memory.learned

@@ -58,9 +58,9 @@ class Layout:
 
         full: Any = math.prod(float(full_size(name)) for name in data_plates)
         subsample = math.prod(full_size(name) / frames[name].size for name in names)
-        users = [_users_scale(site) for site in sites]
+        users = [users_scale(site) for site in sites]
         common: Any = subsample
-        if users and all(_equal(users[0], other) for other in users[1:]):
+        if users and all(same_scale(users[0], other) for other in users[1:]):
             common = subsample if _is_one(users[0]) else users[0] * subsample
             if names == data_plates and names and not _is_one(users[0]):
                 full = full * jnp.mean(users[0])
@@ -79,7 +79,7 @@ def site_scale(site: Site) -> Any:
     return 1.0 if site["scale"] is None else site["scale"]
 
 
-def _users_scale(site: Site) -> Any:
+def users_scale(site: Site) -> Any:
     """What ``handlers.scale`` contributes, without the plates."""
     scale = site.get("plate_to_scale", {}).get(None)
     return 1.0 if scale is None else scale
@@ -89,7 +89,8 @@ def _is_one(scale: Any) -> bool:
     return isinstance(scale, float | int) and scale == 1
 
 
-def _equal(one: Any, other: Any) -> bool:
+def same_scale(one: Any, other: Any) -> bool:
+    """Whether two scales are known to be the same; not of different tracers."""
     if one is other:
         return True
     if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import IdentityTransform, biject_to
 from numpyro.primitives import Messenger
@@ -73,3 +74,13 @@ def rebuild(leaves: Mapping[str, Any], like: Params) -> Params:
     """The inverse of ``parameters``: leaves by joined name in the structure of ``like``."""
     names = parameters(like)
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in names])
+
+
+def strong(tree: Any) -> Any:
+    """Arrays without weak types, so that no update changes the state's types."""
+
+    def one(x: Any) -> Any:
+        key = hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return x if key else lax.convert_element_type(x, jnp.result_type(x))
+
+    return jax.tree.map(one, tree)

@@ -26,7 +26,7 @@ from .estimators.base import HelmholtzELBO, Pass
 from .estimators.reweighted import RWS_ELBO
 from .estimators.wake_sleep import WakeSleep_ELBO
 from .optimiser import Optimiser, of_numpyro
-from .parameters import constrain, parameters, unconstrain
+from .parameters import constrain, parameters, strong, unconstrain
 from .trace import Params, Programs
 
 DEFAULT_LEARNING_RATE = 0.05
@@ -154,8 +154,8 @@ class HelmholtzSVI:
         """
         rng_key, first_key, fisher_key = random.split(rng_key, 3)
         found = self.programs.inspect(first_key, args, kwargs, start=init_params)
-        params = _strong(unconstrain(found.transforms, found.params))
-        mutable = _strong(found.mutable)
+        params = strong(unconstrain(found.transforms, found.params))
+        mutable = strong(found.mutable)
         memory = self._fisher_init(fisher_key, params, args, kwargs, mutable)
         optim_state = self._optimiser.init(params, found.of_guide)
         zero = jnp.zeros((), jnp.int32)
@@ -356,11 +356,6 @@ class HelmholtzSVI:
         params = self._optimiser.params(state.optim_state)
         wake = self.programs.wake(key, params, args, kwargs, mutable=state.mutable_state)
         return -self.estimator.bound(wake)
-
-
-def _strong(tree: Any) -> Any:
-    """Arrays without weak types, so that the first update does not change the state's types."""
-    return jax.tree.map(lambda x: lax.convert_element_type(x, jnp.result_type(x)), tree)
 
 
 class WakeSleep(HelmholtzSVI):

@@ -6,8 +6,12 @@ Reading order, the way of one update:
 2. ``estimators``: a surrogate whose gradient is the direction.
 3. ``graph`` and ``layers``: how parameters enter the sites.
 4. ``fisher``: families, evidence, blocks, solvers, memory.
-5. ``svi`` and ``natural``: the front ends; then the host's optimiser.
+5. ``svi``, ``natural`` and ``bidirectional``: the front ends; then the host's optimiser.
 6. ``evaluation`` and ``diagnostics``: what came out.
+
+Two ways of their own: ``alws`` needs no guide (``sleep_set``: dreams as matrices,
+``exponential_families``, ``kernels`` and ``gradient_models``: the regression), and
+``stochastic_backprop`` lets gradients flow through samples (``reparameterised``, ``price``).
 """
 
 from .alws import ALWS

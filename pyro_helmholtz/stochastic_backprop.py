@@ -17,7 +17,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from .estimators.reparameterised import StochasticBackprop_ELBO
-from .svi import Directions, HelmholtzSVI, _fill, gradient
+from .svi import Directions, HelmholtzSVI, fill, gradient
 from .trace import Wake, parameters
 
 __all__ = ["StochasticBackprop"]
@@ -237,7 +237,7 @@ class StochasticBackprop(HelmholtzSVI):
         self._random = list(pending.get("posterior", []))
         saved = {VARIANCE + name: pending["parameters"][VARIANCE + name] for name in self._random}
         store = pyro.get_param_store()._params
-        _fill(
+        fill(
             saved,
             {VARIANCE + name: self._make_variance(name, store[name]) for name in self._random},
         )

@@ -210,7 +210,7 @@ class HelmholtzSVI:
         """
         if not isinstance(state, dict) or "parameters" not in state:
             raise ValueError("load_state_dict needs what state_dict returned.")
-        _fill(state["parameters"], pyro.get_param_store()._params)
+        fill(state["parameters"], pyro.get_param_store()._params)
         self._pending = state
         self.programs.max_plate_nesting = state["max_plate_nesting"]
         self.optim.optim_objs.clear()
@@ -223,7 +223,7 @@ class HelmholtzSVI:
         state, self._pending = self._pending, None
         with torch.no_grad():
             leaves = self._first_run(args, kwargs)
-        _fill(state["parameters"], {**pyro.get_param_store()._params, **leaves})
+        fill(state["parameters"], {**pyro.get_param_store()._params, **leaves})
         torch.set_rng_state(state["random"])
         if "random_cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["random_cuda"])
@@ -239,7 +239,7 @@ def sgd(**options: Any) -> PyroOptim:
     return pyro.optim.SGD(options)  # type: ignore[attr-defined]
 
 
-def _fill(saved: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+def fill(saved: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
     """Copy saved values into the leaves of the same name."""
     for name in saved.keys() & leaves.keys():
         if leaves[name].shape != saved[name].shape:

@@ -171,14 +171,14 @@ class Programs:
     num_particles: int = 1
     max_plate_nesting: float = math.inf
     dream_args: Callable | None = None
-    _validated: set[str] = field(default_factory=set)
+    validated: set[str] = field(default_factory=set)
 
-    def _validation(self, phase: str) -> AbstractContextManager:
+    def validation(self, phase: str) -> AbstractContextManager:
         """The host's validation runs in a phase's first pass, and costs nothing after it.
 
         What may change later, the data, is checked in every step by ``check_observations``.
         """
-        if phase not in self._validated:
+        if phase not in self.validated:
             return nullcontext()
         return pyro.validation_enabled(False)
 
@@ -223,7 +223,7 @@ class Programs:
         with blame():
             nesting = self.nesting(args, kwargs)
         guide = self.guide if samples is None else poutine.replay(self.guide, trace=samples)
-        with blame(), self._validation("wake"), self.particles(nesting, sampling):
+        with blame(), self.validation("wake"), self.particles(nesting, sampling):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             check_sites(guide_trace, "guide")
             model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
@@ -235,7 +235,7 @@ class Programs:
         sites = [site for _, site in stochastic_sites(model_trace)]
         layout = Layout.of(sites, nesting)
         wake = Wake(model_trace, guide_trace, layout, self.num_particles)
-        self._validated.add("wake")
+        self.validated.add("wake")
         return wake
 
     def dream(
@@ -261,7 +261,7 @@ class Programs:
         if subsample is not None:
             model = poutine.replay(model, trace=only_subsamples(subsample))
         dreaming = Dreaming()
-        validation = self._validation("dream")
+        validation = self.validation("dream")
         with validation, torch.set_grad_enabled(with_grad), Detached(), dreaming:
             model_trace = poutine.trace(model).get_trace(*args, **kwargs)
         check_sites(model_trace, "model")
@@ -271,14 +271,14 @@ class Programs:
         args, kwargs, unread = pair_dreams(
             dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
         )
-        with self._validation("dream"), Detached():
+        with self.validation("dream"), Detached():
             guide_trace = poutine.trace(poutine.replay(self.guide, trace=model_trace)).get_trace(
                 *args, **kwargs
             )
         unread.check()
         check_sites(guide_trace, "guide")
         sites = [site for _, site in stochastic_sites(model_trace)]
-        self._validated.add("dream")
+        self.validated.add("dream")
         return Dream(model_trace, guide_trace, args, kwargs, Layout.of(sites, nesting))
 
 

@@ -38,6 +38,7 @@ from ..parameters import Params
 from ..sites import mutable_values
 from ..trace import Programs
 from .base import HelmholtzELBO, Pass
+from .held_out import HeldOut, held_out_dreams
 from .particles import Simulated, Simulation
 from .sleep_set import Drawable, SleepSet, check_dreams, sleep_set
 
@@ -69,33 +70,6 @@ class ModelAlone(Programs):
         check_sites(model, "model")
         check_observations(model)
         check_dreams(model)
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["inputs", "targets", "parts", "truth"],
-    meta_fields=[],
-)
-@dataclass(frozen=True)
-class HeldOut:
-    """Dreams that the regression is not fitted to, and what it predicts for them; a pytree.
-
-    ``Ĵ(x_l) = Σ_n A_nl Q_nl`` with ``Q_nl = η_n·s(x_l) − Ψ_n`` against ``η_l·s(x_l) − Ψ_l``.
-
-    Attributes:
-        inputs: of the training dreams, (N, d). targets: of the held-out ones, (L, d).
-        parts: Q, (N, L). truth: (L,).
-    """
-
-    inputs: Array
-    targets: Array
-    parts: Array
-    truth: Array
-
-    def error(self, weights: Array) -> Array:
-        """The mean squared error of the weights (N, L), over the truth's variance."""
-        squares = jnp.square((weights * self.parts).sum(0) - self.truth).mean()
-        return squares / jnp.maximum(self.truth.var(), 1e-30)
 
 
 @partial(
@@ -340,7 +314,7 @@ class ALWS_ELBO(HelmholtzELBO):
         if self.log_prior is not None:
             value = value + self._prior(trace) / layout.num_data
         loss = lax.stop_gradient(-(value * layout.num_data + base))
-        held_out = _held_out(dreams, train, held) if len(held) else None
+        held_out = held_out_dreams(dreams, train, held) if len(held) else None
         report = self._report(coverage[:num_data], solved[:, num_data:], held_out, gamma, inputs)
         mutable = mutable_values(trace)
         done = SleepPass(
@@ -514,19 +488,3 @@ def _objective(dreams: SleepSet, weights: Array) -> Array:
         every = weights if len(term.natural) > 1 else weights.sum(0, keepdims=True)
         value = value + (term.natural * lax.stop_gradient(every @ term.data)).sum()
     return value
-
-
-def _held_out(dreams: SleepSet, train: np.ndarray, held: np.ndarray) -> HeldOut:
-    """Read the held-out dreams off the sleep set; constants."""
-    psi = dreams.psi
-    parts = jnp.broadcast_to(-psi[train, None], (len(train), len(held)))
-    truth = -psi[held]
-    for term in dreams.terms:
-        alike = len(term.natural) == 1
-        statistics = term.dreams(held)
-        of_train = term.natural if alike else term.natural[train]
-        of_held = term.natural if alike else term.natural[held]
-        parts = parts + of_train @ statistics.T
-        truth = truth + (of_held * statistics).sum(1)
-    found = HeldOut(dreams.inputs[train], dreams.inputs[held], parts, truth)
-    return lax.stop_gradient(found)

@@ -22,7 +22,7 @@ from numpyro.primitives import Messenger
 from ..checks import Problem, Site, Trace, check_declared, is_factor, stochastic_sites
 from ..exponential_families import ExponentialFamily, exponential_family
 from ..fisher.families import unwrap
-from ..layout import Layout, _equal, _users_scale
+from ..layout import Layout, same_scale, users_scale
 from ..trace import site_log_prob
 
 
@@ -287,9 +287,9 @@ def _sum(values: Array) -> Array:
 def _relative_scales(trace: Trace, layout: Layout) -> dict[str, Any]:
     """Each site's scale over the one that all sites share, by name."""
     sites = dict(stochastic_sites(trace))
-    users = {name: _users_scale(site) for name, site in sites.items()}
+    users = {name: users_scale(site) for name, site in sites.items()}
     first = next(iter(users.values()))
-    shared = all(_equal(first, other) for other in users.values())
+    shared = all(same_scale(first, other) for other in users.values())
     found = {}
     for name, site in sites.items():
         plates = [

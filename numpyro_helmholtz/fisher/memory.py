@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..parameters import strong
 from .assemble import Block
 from .blocks import UnitBlock, mean_scale
 from .eigenbasis import EigenBasis
@@ -257,16 +258,7 @@ def _with_statistics(blocks: list[Block], kept: Kept) -> list[Block]:
 def _kept_arrays(block: Block) -> dict[str, Any]:
     """The arrays of a block that make up its batch."""
     names = ("features", "coefficients") if isinstance(block, UnitBlock) else ("recipes",)
-    return {name: jax.tree.map(_strong, block.arrays[name]) for name in names}
-
-
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _strong(x: Any) -> Array:
-    """An array whose type does not depend on where it came from."""
-    return x if _is_key(x) else lax.convert_element_type(x, jnp.result_type(x))
+    return {name: strong(block.arrays[name]) for name in names}
 
 
 def _zeros(lead: tuple[int, ...], x: Array) -> Array:

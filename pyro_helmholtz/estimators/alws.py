@@ -30,6 +30,7 @@ from ..layout import Layout
 from ..messengers import Dreaming
 from ..trace import Dream, Programs, parameters, stochastic_sites
 from .base import HelmholtzELBO, Pass
+from .held_out import HeldOut, held_out_dreams
 from .particles import Simulation, rows_of_jacobian
 from .sleep_set import SleepSet, check_dreams, sleep_set
 
@@ -47,28 +48,6 @@ NOTHING_MEASURED: dict[str, Any] = {
 
 def no_guide(*args: Any, **kwargs: Any) -> None:
     """The guide of a method that has none."""
-
-
-@dataclass
-class HeldOut:
-    """Dreams that the regression is not fitted to, and what it predicts for them.
-
-    ``Ĵ(x_l) = Σ_n A_nl Q_nl`` with ``Q_nl = η_n·s(x_l) − Ψ_n`` against ``η_l·s(x_l) − Ψ_l``.
-
-    Attributes:
-        inputs: of the training dreams, (N, d). targets: of the held-out ones, (L, d).
-        parts: Q, (N, L). truth: (L,).
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    parts: Tensor
-    truth: Tensor
-
-    def error(self, weights: Tensor) -> Tensor:
-        """The mean squared error of the weights (N, L), over the truth's variance."""
-        squares = ((weights * self.parts).sum(0) - self.truth).square().mean()
-        return squares / self.truth.var(unbiased=False).clamp(min=1e-30)
 
 
 @dataclass
@@ -239,11 +218,11 @@ class ALWS_ELBO(HelmholtzELBO):
         programs.num_particles = particles
         with blame_data(programs.model, args, kwargs):
             nesting = programs.nesting(args, kwargs)
-            with programs._validation("dream"), programs.particles(nesting), dreaming:
+            with programs.validation("dream"), programs.particles(nesting), dreaming:
                 trace = poutine.trace(programs.model).get_trace(*args, **kwargs)
         check_sites(trace, "model")
         check_dreams(trace, dreaming.observed)
-        programs._validated.add("dream")
+        programs.validated.add("dream")
         sites = [site for _, site in stochastic_sites(trace)]
         layout = Layout.of(sites, nesting)
         sizes = {f.dim: f.size for f in sites[0]["cond_indep_stack"]}
@@ -282,7 +261,7 @@ class ALWS_ELBO(HelmholtzELBO):
         report["coverage"].append(coverage[:num_data])
         found = []
         if len(held):
-            found = [_held_out(dreams, train, held)]
+            found = [held_out_dreams(dreams, train, held)]
             report["error"].append(found[0].error(solved[:, num_data:]))
         weights = solved.new_zeros(len(dreams.inputs), num_data)
         weights[train] = solved[:, :num_data]
@@ -350,20 +329,6 @@ class ALWS_ELBO(HelmholtzELBO):
         assert done.dream is not None
         surrogate = done.surrogate * done.dream.layout.num_data
         return done.loss - (surrogate - surrogate.detach())
-
-
-def _held_out(dreams: SleepSet, train: Tensor, held: Tensor) -> HeldOut:
-    """Read the held-out dreams off the sleep set; constants."""
-    psi = dreams.psi.detach()
-    parts = -psi[train, None].expand(-1, len(held))
-    truth = -psi[held]
-    for term in dreams.terms:
-        natural, statistics = term.natural.detach(), term.dreams(held)
-        of_train = natural[train] if len(natural) > 1 else natural
-        of_held = natural[held] if len(natural) > 1 else natural
-        parts = parts + of_train @ statistics.T
-        truth = truth + (of_held * statistics).sum(1)
-    return HeldOut(dreams.inputs[train], dreams.inputs[held], parts, truth)
 
 
 def _direct(values: Tensor, mean: Tensor, leaves: dict[str, Tensor]) -> Tensor:
