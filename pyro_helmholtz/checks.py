@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from torch.distributions import constraints
 
 Site = Any
 PARTICLES = "num_particles_vectorized"
@@ -114,7 +115,7 @@ def check_observations(trace: poutine.Trace) -> None:
             continue
         any_observed = True
         value = site["value"]
-        if not torch.is_tensor(value):
+        if not torch.is_tensor(value) or _is_plainly_binary(site["fn"], value):
             continue
         if value.numel() == 0 and type(site["fn"]).__name__ != "Unit":
             raise ValueError(
@@ -138,6 +139,16 @@ def check_observations(trace: poutine.Trace) -> None:
             "the model has no observed site. Condition it on data: "
             "pyro.sample(name, distribution, obs=x)."
         )
+
+
+def _is_plainly_binary(fn: Any, value: torch.Tensor) -> bool:
+    """Whether data are zeros and ones as a binary site needs, in fewer passes than ``support``."""
+    support = fn.support if value.numel() else None
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is not constraints.boolean or value.dtype is torch.bool:
+        return False
+    return torch.equal(value.square(), value) and float(value.max()) <= 1.0
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from .routes import Route
 KEPT = 4
 
 
-@dataclass
+@dataclass(slots=True)
 class Use:
     """The parameters in one argument.
 

@@ -142,7 +142,7 @@ def signed(saved: int) -> int:
     return int(saved) - (1 << 64 if int(saved) >= 1 << 63 else 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Link:
     """One node of a chain: from the node's output ``nr`` to the input in ``slot``.
 

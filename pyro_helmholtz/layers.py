@@ -26,7 +26,7 @@ from .routes import Child, Route
 from .terms import MATMUL, Term
 
 
-@dataclass
+@dataclass(slots=True)
 class Root:
     """A sum of affine terms, its features and the parameters of its units.
 
@@ -59,6 +59,10 @@ class Root:
 
     def features(self) -> Tensor:
         """(rows, columns): the terms' features side by side, a one for a bias."""
+        return torch.cat(self.pieces(), 1)
+
+    def pieces(self) -> list[Tensor]:
+        """The terms' features, not yet side by side."""
         parts: list[Tensor] = []
         for term, row_map in zip(self.terms, self.plan.row_maps, strict=True):
             if term.direct:
@@ -67,7 +71,7 @@ class Root:
             else:
                 value = term.features()
                 parts.append(value if row_map is None else value[row_map])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return parts
 
     def coefficient(self, value: Tensor) -> Tensor:
         """The coefficient in the root's shape as (rows, units)."""
@@ -78,7 +82,7 @@ class Root:
         return primary.coefficient(pulled)
 
 
-@dataclass
+@dataclass(slots=True)
 class Application:
     """A site's argument as links over a root."""
 

@@ -62,7 +62,10 @@ class Layout:
 
     def reduce(self, value: torch.Tensor) -> torch.Tensor:
         """Sum a batch-shaped tensor to one number per particle and datum."""
-        value = value.reshape((1,) * (self.ndim - value.ndim) + value.shape)
+        if value.ndim < self.ndim:
+            value = value.reshape((1,) * (self.ndim - value.ndim) + value.shape)
+        if len(self.shared) + 1 == self.ndim:
+            return value
         keep = {self.ndim + dim for dim in self.shared} | {0}
         drop = [d for d in range(self.ndim) if d not in keep]
         return value.sum(drop, keepdim=True) if drop else value

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def pair_dreams(
             )
         return tuple(result[0]), dict(result[1]), Observations()
 
-    signature = list(inspect.signature(guide).parameters)
+    signature = _parameter_names(guide)
     takes_observations = "observations" in signature
     by_identity: dict[int, str] = {}
     for name, value in observed.items():
@@ -112,20 +113,9 @@ def pair_dreams(
             )
         by_identity[id(value)] = name
     found: set[str] = set()
-
-    def replace(item: Any) -> Any:
-        if id(item) in by_identity:
-            name = by_identity[id(item)]
-            found.add(name)
-            return dreams[name]
-        if isinstance(item, Mapping):
-            return {key: replace(value) for key, value in item.items()}
-        if type(item) in (list, tuple):
-            return type(item)(replace(value) for value in item)
-        return item
-
-    new_args = tuple(replace(arg) for arg in args)
-    new_kwargs = {key: replace(value) for key, value in kwargs.items()}
+    by_value = {key: (name, dreams[name]) for key, name in by_identity.items()}
+    new_args = tuple(_replaced(arg, by_value, found) for arg in args)
+    new_kwargs = {key: _replaced(value, by_value, found) for key, value in kwargs.items()}
     missing = sorted(set(observed) - found)
     if takes_observations:
         observations = Observations(dreams, missing)
@@ -143,6 +133,31 @@ def pair_dreams(
             "a guide with a parameter observations=."
         )
     return new_args, new_kwargs, Observations()
+
+
+def _replaced(item: Any, dreams: Mapping[int, tuple[str, torch.Tensor]], found: set[str]) -> Any:
+    """An argument with dreams in place of observed values, whose sites go into ``found``.
+
+    Args:
+        item: the argument. dreams: site and dream by the id of the observed value.
+    """
+    if id(item) in dreams:
+        name, dream = dreams[id(item)]
+        found.add(name)
+        return dream
+    if isinstance(item, Mapping):
+        return {key: _replaced(value, dreams, found) for key, value in item.items()}
+    if type(item) in (list, tuple):
+        return type(item)(_replaced(value, dreams, found) for value in item)
+    return item
+
+
+def _parameter_names(program: Callable) -> list[str]:
+    """Names of a program's parameters; of a plain function without the host's long way."""
+    if not isinstance(program, FunctionType) or vars(program):  # perhaps a wrapper
+        return list(inspect.signature(program).parameters)
+    code = program.__code__
+    return list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
 
 def _like(dream: torch.Tensor, observed: Any) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Route:
         if node not in self._numbers:
             self._numbers[node] = len(self.hops)
             leaf = graph.leaf_of(node)
-            print_ = () if leaf is not None else fingerprint(node)
+            print_ = () if leaf is not None else fingerprint(node, node.next_functions)
             self.hops.append((parent, slot, nr, leaf, print_))
 
     def children(self, node: Any, leaves: Mapping[int, str]) -> list[Child]:
@@ -70,31 +70,35 @@ class Route:
         if root is None:
             return None
         nodes: list[Any] = []
+        below: list[tuple] = []  # the inputs of each, which the host lists anew when asked
         for parent, slot, nr, leaf, print_ in self.hops:
-            found = nodes[parent].next_functions[slot] if nodes else root
-            node = found[0]
-            if node is None or found[1] != nr:
+            node, found_nr = below[parent][slot] if nodes else root
+            if node is None or found_nr != nr:
                 return None
+            inputs = () if leaf is not None else node.next_functions
             if leaf is not None:
                 if graph.leaf_of(node) is not leaf:
                     return None
-            elif fingerprint(node) != print_:
+            elif fingerprint(node, inputs) != print_:
                 return None
             nodes.append(node)
+            below.append(inputs)
         return nodes
 
 
-def fingerprint(node: Any) -> tuple:
+def fingerprint(node: Any, inputs: tuple) -> tuple:
     """What a search sees of a node: its name, shapes, missing inputs, every saved setting."""
     name = node.name()
-    if name not in _SETTINGS:
-        _SETTINGS[name] = tuple(a for a in dir(node) if a.startswith("_saved_") and _matters(a))
+    settings = _SETTINGS.get(name)
+    if settings is None:
+        settings = tuple(a for a in dir(node) if a.startswith("_saved_") and _matters(a))
+        _SETTINGS[name] = settings
     return (
         name,
-        tuple([m.shape for m in node._input_metadata]),
-        tuple([child is None for child, _ in node.next_functions]),
-        tuple([_plain(getattr(node, attribute)) for attribute in _SETTINGS[name]]),
-        name.startswith(("Sub", "Div")) and graph.normalises(node),
+        [m.shape for m in node._input_metadata],
+        [child is None for child, _ in inputs],
+        [_plain(getattr(node, attribute)) for attribute in settings],
+        name.startswith(_SUMS) and graph.normalises(node),
     )
 
 
@@ -105,6 +109,8 @@ def _matters(attribute: str) -> bool:
 
 def _plain(value: Any) -> Any:
     """A setting as something to compare; a tensor, such as an index, equals nothing."""
+    if type(value) is int or value is None:
+        return value
     parts = value if isinstance(value, (tuple, list)) else (value,)
     if any(torch.is_tensor(part) for part in parts):
         return object()
@@ -112,6 +118,7 @@ def _plain(value: Any) -> Any:
 
 
 _SETTINGS: dict[str, tuple[str, ...]] = {}
+_SUMS = ("Sub", "Div")
 _OPERANDS = frozenset(
     f"_saved_{name}"
     for name in "self other result mat1 mat2 input weight vec vec1 vec2 batch1 batch2 "

@@ -16,7 +16,7 @@ from .graph import Chain
 MATMUL = {"Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv"}
 
 
-@dataclass
+@dataclass(slots=True)
 class Term:
     """One summand of a root.
 

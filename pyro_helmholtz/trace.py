@@ -19,11 +19,11 @@ from typing import Any
 
 import pyro
 import torch
+import torch.nn.functional as F
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 
 from .checks import (
-    PARTICLES,
     blame_data,
     check_against_model,
     check_log_prob_shape,
@@ -32,7 +32,7 @@ from .checks import (
     is_stochastic,
 )
 from .layout import Layout, Site
-from .messengers import Detached, Dreaming
+from .messengers import Detached, Dreaming, Particles, bernoulli_under, record
 from .pairing import pair_dreams
 
 
@@ -79,12 +79,73 @@ def guess_max_plate_nesting(
 def site_log_prob(site: Site) -> torch.Tensor:
     """Log-density of a site: unscaled, masked entries zero, shape = batch shape."""
     if "helmholtz_log_prob" not in site:
-        try:
-            value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        except ValueError as error:
-            raise ValueError(f"site {site['name']!r}: {error}") from error
-        site["helmholtz_log_prob"] = scale_and_mask(value, 1.0, site["mask"])
+        value = _quick_log_prob(site["fn"], site["value"])
+        if value is None:
+            try:
+                value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            except ValueError as error:
+                raise ValueError(f"site {site['name']!r}: {error}") from error
+        if site["mask"] is not None:
+            value = scale_and_mask(value, 1.0, site["mask"])
+        site["helmholtz_log_prob"] = value
     return site["helmholtz_log_prob"]
+
+
+def _quick_log_prob(fn: Any, value: Any) -> torch.Tensor | None:
+    """The log-density of Bernoulli sites with logits: the host's, but for the passes over it.
+
+    The sign is changed after the sum over the event, not before. None for every other
+    distribution, and where the host is to validate.
+    """
+    base = bernoulli_under(fn)
+    if base is None or base._validate_args or not torch.is_tensor(value):
+        return None
+    logits = base.__dict__.get("logits")
+    if logits is None or logits is not base._param or value.dtype != logits.dtype:
+        return None
+    shape = fn.batch_shape + fn.event_shape
+    if logits.shape != shape:
+        logits = logits.expand(shape)
+    if value.shape != shape:
+        logits, value = torch.broadcast_tensors(logits, value)
+    loss = F.binary_cross_entropy_with_logits(logits, value, reduction="none")
+    event = tuple(range(-len(fn.event_shape), 0))
+    return -(loss.sum(event) if event else loss)
+
+
+@dataclass(slots=True)
+class LogProb:
+    """Log-densities of several sites, summed: those that differ in nothing that matters.
+
+    Attributes:
+        turn: of the sequential plates, see ``Layout.key``. scale: of each of the sites.
+        value: unscaled, masked entries zero, batch-shaped.
+    """
+
+    turn: tuple
+    scale: Any
+    value: torch.Tensor
+
+
+def log_probs(trace: poutine.Trace, layout: Layout, *, observed: bool = True) -> list[LogProb]:
+    """The log-densities of a trace, summed over sites of equal turn, scale and shape.
+
+    Args:
+        trace: of a program. layout: of the model. observed: with observed sites.
+    """
+    sums: dict[tuple, LogProb] = {}
+    for _, site in stochastic_sites(trace):
+        if site["is_observed"] and not observed:
+            continue
+        value, scale, turn = site_log_prob(site), site["scale"], layout.key(site)
+        check_log_prob_shape(site, value, layout.ndim)
+        alike = id(scale) if torch.is_tensor(scale) else scale
+        key = (turn, alike, value.shape, value.dtype, value.requires_grad)
+        if key in sums:
+            sums[key].value = sums[key].value + value
+        else:
+            sums[key] = LogProb(turn, scale, value)
+    return list(sums.values())
 
 
 @dataclass
@@ -94,6 +155,7 @@ class Wake:
     Attributes:
         model: the model's trace. guide: the guide's.
         layout: plates and scales. num_particles: K.
+        log_p, log_q: of the model's sites and of the guide's latents.
     """
 
     model: poutine.Trace
@@ -103,15 +165,13 @@ class Wake:
     per_turn: dict[tuple, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for trace, sign in ((self.model, 1.0), (self.guide, -1.0)):
-            for _, site in stochastic_sites(trace):
-                if trace is self.guide and site["is_observed"]:
-                    continue
-                log_prob = site_log_prob(site)
-                check_log_prob_shape(site, log_prob, self.layout.ndim)
-                term = sign * self.layout.reduce(log_prob.detach())
-                key = self.layout.key(site)
-                self.per_turn[key] = self.per_turn[key] + term if key in self.per_turn else term
+        self.log_p = log_probs(self.model, self.layout)
+        self.log_q = log_probs(self.guide, self.layout, observed=False)
+        for terms, sign in ((self.log_p, 1.0), (self.log_q, -1.0)):
+            for term in terms:
+                value = sign * self.layout.reduce(term.value.detach())
+                known = self.per_turn.get(term.turn)
+                self.per_turn[term.turn] = value if known is None else known + value
 
     @property
     def log_weights(self) -> torch.Tensor:
@@ -198,8 +258,8 @@ class Programs:
             nesting: number of plate dimensions. sampling: what is done to samples; by default
                 they are constants.
         """
-        sampling = Detached() if sampling is None else sampling
-        with sampling, pyro.plate(PARTICLES, self.num_particles, dim=-1 - nesting):
+        plate = Particles(self.num_particles, -1 - nesting, constant=sampling is None)
+        with sampling or nullcontext(), plate:
             yield
 
     def wake(
@@ -222,13 +282,10 @@ class Programs:
         blame = partial(blame_data, self.model, args, kwargs)
         with blame():
             nesting = self.nesting(args, kwargs)
-        guide = self.guide if samples is None else poutine.replay(self.guide, trace=samples)
         with blame(), self.validation("wake"), self.particles(nesting, sampling):
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            guide_trace = record(self.guide, args, kwargs, samples)
             check_sites(guide_trace, "guide")
-            model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
-                *args, **kwargs
-            )
+            model_trace = record(self.model, args, kwargs, guide_trace)
         check_sites(model_trace, "model")
         check_against_model(model_trace, guide_trace)
         check_observations(model_trace)
@@ -257,24 +314,20 @@ class Programs:
             ValueError: a factor in the model, or no pairing of dreams with guide arguments.
         """
         nesting = self.nesting(args, kwargs)
-        model = self.model
-        if subsample is not None:
-            model = poutine.replay(model, trace=only_subsamples(subsample))
+        known = None if subsample is None else only_subsamples(subsample)
         dreaming = Dreaming()
-        validation = self.validation("dream")
-        with validation, torch.set_grad_enabled(with_grad), Detached(), dreaming:
-            model_trace = poutine.trace(model).get_trace(*args, **kwargs)
-        check_sites(model_trace, "model")
-        dreams: dict[str, Any] = {
-            name: model_trace.nodes[name]["value"] for name in dreaming.observed
-        }
-        args, kwargs, unread = pair_dreams(
-            dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
-        )
-        with self.validation("dream"), Detached():
-            guide_trace = poutine.trace(poutine.replay(self.guide, trace=model_trace)).get_trace(
-                *args, **kwargs
+        with self.validation("dream"):
+            with torch.set_grad_enabled(with_grad), Detached(), dreaming:
+                model_trace = record(self.model, args, kwargs, known)
+            check_sites(model_trace, "model")
+            dreams: dict[str, Any] = {
+                name: model_trace.nodes[name]["value"] for name in dreaming.observed
+            }
+            args, kwargs, unread = pair_dreams(
+                dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
             )
+            with Detached():
+                guide_trace = record(self.guide, args, kwargs, model_trace)
         unread.check()
         check_sites(guide_trace, "guide")
         sites = [site for _, site in stochastic_sites(model_trace)]

@@ -17,7 +17,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from ..layout import Layout
-from ..trace import Dream, Programs, Wake, parameters, site_log_prob, stochastic_sites
+from ..trace import Dream, LogProb, Programs, Wake, log_probs, parameters
 
 
 @dataclass
@@ -48,28 +48,26 @@ def score(
     weights: Mapping[tuple, Tensor] | None,
     *,
     observed: bool = True,
+    terms: list[LogProb] | None = None,
 ) -> Tensor:
     """``Σ_sites scale · weight · log p / number of data``, differentiable in the parameters.
 
     Args:
         trace: of a program. layout: of the model. weights: per turn of the sequential plates,
             (K, data dimensions); None for 1. observed: with observed sites.
+        terms: the trace's ``log_probs``, if known.
     """
-    total: Any = 0.0
-    for _, site in stochastic_sites(trace):
-        if site["is_observed"] and not observed:
+    total: Tensor | None = None
+    for term in log_probs(trace, layout, observed=observed) if terms is None else terms:
+        value, scale = term.value, term.scale
+        if not value.requires_grad:
             continue
-        log_prob = site_log_prob(site)
-        if not log_prob.requires_grad:
-            continue
-        scale = site["scale"]
         if torch.is_tensor(scale) or scale != 1.0:
-            log_prob = log_prob * scale
+            value = value * scale
         if weights is not None:
-            log_prob = weights[layout.key(site)] * layout.reduce(log_prob)
-        value = log_prob.sum()
-        total = total + value
-    return total / layout.num_data if torch.is_tensor(total) else torch.zeros(())
+            value = weights[term.turn] * layout.reduce(value)
+        total = value.sum() if total is None else total + value.sum()
+    return torch.zeros(()) if total is None else total / layout.num_data
 
 
 class HelmholtzELBO(ELBO):

@@ -49,10 +49,10 @@ class RWS_ELBO(HelmholtzELBO):
         """Run the wake phase and, unless its weight is zero, the sleep phase."""
         wake = programs.wake(args, kwargs)
         weights = self.weights(wake)
-        surrogate = score(wake.model, wake.layout, weights)
+        surrogate = score(wake.model, wake.layout, weights, terms=wake.log_p)
         if self.sleep_weight < 1:
             signed = self._signed(wake, weights)
-            wake_phi = score(wake.guide, wake.layout, signed, observed=False)
+            wake_phi = score(wake.guide, wake.layout, signed, terms=wake.log_q)
             surrogate = surrogate + (1 - self.sleep_weight) * wake_phi
         dream = None
         if self.sleep_weight > 0:

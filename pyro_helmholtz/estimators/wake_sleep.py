@@ -29,6 +29,6 @@ class WakeSleep_ELBO(HelmholtzELBO):
         """Run the wake and the sleep phase."""
         wake = programs.wake(args, kwargs)
         dream = self.sleep(programs, wake, args, kwargs)
-        up = score(wake.model, wake.layout, wake.uniform())
+        up = score(wake.model, wake.layout, wake.uniform(), terms=wake.log_p)
         down = score(dream.guide, dream.layout, None, observed=False)
         return Pass(-wake.bound(), up + self.sleep_scale * down, wake, dream)

@@ -20,7 +20,7 @@ from .evidence import Entry
 from .matrix_free import MatrixFreeBlock
 
 
-@dataclass
+@dataclass(slots=True)
 class Found:
     """One entry with how parameters enter it.
 
@@ -42,7 +42,7 @@ class Source:
     recipe: Recipe
 
 
-@dataclass
+@dataclass(slots=True)
 class _Group:
     found: list[tuple[int, int, Found]] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
@@ -149,7 +149,7 @@ def _scalar_parts(group: _Group) -> tuple[list[Component], list[Part], str]:
         if root.names != first.names or not _same_columns(root, first):
             raise Opaque("parameters are shared between unlike layers")
     parts = [
-        Part(root.features(), root.coefficient(coefficients[key])) for key, root in roots.items()
+        Part(root.pieces(), root.coefficient(coefficients[key])) for key, root in roots.items()
     ]
     kind = first.what if len(roots) == 1 else f"{first.what}, shared by {len(roots)}"
     return [Component(first.names, first.plan.columns)], parts, kind
@@ -196,13 +196,14 @@ def _vector_parts(group: _Group) -> tuple[list[Component], list[Part], str]:
     taken = torch.cat([groups[:, i] for i in range(d)])
     if first_root is pieces[-1][0] and taken.unique().numel() != taken.numel():
         raise Opaque("a unit serves two coupled arguments")
-    part = Part(first_root.features(), coefficients)
+    part = Part(first_root.pieces(), coefficients)
     return components, [part], first_root.what
 
 
 def _same_features(one: Root, other: Root) -> bool:
-    a, b = one.features(), other.features()
-    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or bool(torch.equal(a, b)))
+    pairs = list(zip(one.pieces(), other.pieces(), strict=False))
+    same = len(one.terms) == len(other.terms) and all(a.shape == b.shape for a, b in pairs)
+    return same and all(a.data_ptr() == b.data_ptr() or torch.equal(a, b) for a, b in pairs)
 
 
 def _components(found: Found) -> list[tuple[Root, Tensor, Tensor, Tensor]]:

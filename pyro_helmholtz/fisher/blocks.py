@@ -24,14 +24,50 @@ from .solvers import Operator, Solution
 Tensors = Mapping[str, Tensor]
 KRONECKER_SLACK = 0.2
 PRECONDITIONER_SLACK = 0.2
+ROWS = 1.3  # up to so many rows for each input the space of the samples is the cheaper one
 
 
-@dataclass
 class Part:
-    """One batch's rows: features (n, l), coefficients (n, units) or (n, units, d, d)."""
+    """One batch's rows: features (n, l), coefficients (n, units) or (n, units, d, d).
 
-    features: Tensor
-    coefficients: Tensor
+    Args:
+        features: as one matrix, or several to stand side by side; these are joined where they
+            are first asked for, since running means do without in most steps.
+        coefficients: one for each row and unit.
+    """
+
+    __slots__ = ("_by_unit", "_pieces", "coefficients")
+
+    def __init__(self, features: Tensor | list[Tensor], coefficients: Tensor) -> None:
+        self._pieces = [features] if torch.is_tensor(features) else list(features)
+        self.coefficients = coefficients
+        self._by_unit: Tensor | None = None
+
+    @property
+    def by_unit(self) -> Tensor:
+        """The coefficients of scalar units, (units, n), kept: they multiply in every product."""
+        if self._by_unit is None:
+            self._by_unit = self.coefficients.t().contiguous()
+        return self._by_unit
+
+    @property
+    def features(self) -> Tensor:
+        """(n, l), the pieces joined."""
+        self.join()
+        return self._pieces[0]
+
+    def join(self) -> None:
+        """Join the pieces, some of which may be the user's data, before these change."""
+        self._pieces = [joined(self._pieces, 1)]
+
+    def times(self, weight: Tensor) -> Tensor:
+        """The features, each row times its weight; does not join the pieces."""
+        return joined([piece * weight[:, None] for piece in self._pieces], 1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the features, (n, l)."""
+        return len(self._pieces[0]), sum(piece.shape[1] for piece in self._pieces)
 
     def without_idle_rows(self, slack: float) -> Part:
         """Leave out rows whose share of every block is below ``slack`` in all, in norm.
@@ -48,7 +84,7 @@ class Part:
         return Part(self.features[rows], q[rows])
 
 
-@dataclass
+@dataclass(slots=True)
 class Component:
     """One vector component of a block's units.
 
@@ -118,7 +154,7 @@ class UnitBlock:
     @property
     def fan_in(self) -> int:
         """Number of features, the bias included."""
-        return int(self.parts[0].features.shape[1])
+        return self.parts[0].shape[1]
 
     @property
     def size(self) -> int:
@@ -143,12 +179,9 @@ class UnitBlock:
         matrices: dict[str, Tensor] = {}
         columns: dict[str, Columns] = {}
         for i, component in enumerate(self.components):
-            piece = x[:, i * self.fan_in : (i + 1) * self.fan_in]
-            start = 0
-            for name, column in zip(component.names, component.columns, strict=True):
-                width = column.shape[1]
-                value = piece[:, start : start + width]
-                start += width
+            piece = x if self.d == 1 else x[:, i * self.fan_in : (i + 1) * self.fan_in]
+            values = piece.split([column.shape[1] for column in component.columns], 1)
+            for name, column, value in zip(component.names, component.columns, values, strict=True):
                 if component.units is None:
                     flat[name] = column.to_leaf(value)
                     continue
@@ -167,7 +200,7 @@ class UnitBlock:
     def _product(self, v: Tensor, part: Part) -> Tensor:
         u, q = part.features, part.coefficients
         if q.ndim == 2:
-            return (v @ u.t()).mul_(q.t()) @ u
+            return (v @ u.t()).mul_(part.by_unit) @ u
         inner = v.reshape(self.units, self.d, -1) @ u.t()
         return (torch.einsum("ngij,gjn->gin", q, inner) @ u).reshape(v.shape)
 
@@ -188,7 +221,8 @@ class UnitBlock:
         for part in self.parts:
             u, q = part.features, part.coefficients
             if q.ndim == 2:
-                value = (q.t()[:, None, :] * u.t()) @ u
+                pairs = (u[:, :, None] * u[:, None, :]).reshape(len(u), -1)
+                value = (q.t() @ pairs).reshape(self.units, self.size, self.size)
             else:
                 value = torch.einsum("ngij,nk,nl->gikjl", q, u, u)
                 value = value.reshape(self.units, self.size, self.size)
@@ -207,8 +241,8 @@ class UnitBlock:
         for part in self.parts:
             q = part.coefficients
             weight = q.sum(1) if q.ndim == 2 else q.diagonal(dim1=-2, dim2=-1).sum((1, 2))
-            rows.append(part.features * weight.sqrt()[:, None])
-        return torch.cat(rows)
+            rows.append(part.times(weight.sqrt()))
+        return joined(rows)
 
     def unit_scales(self) -> Tensor:
         """``s_j = Σ_n Q_nj``, (units,) or (units, d, d)."""
@@ -241,22 +275,22 @@ class UnitBlock:
         """
         if self.size <= solvers.CHOLESKY_SIZE:
             return "dense"
-        rows = batches * sum(len(part.features) for part in self.parts)
-        return "samples" if self.d == 1 and rows < self.fan_in else "preconditioned"
+        rows = batches * sum(part.shape[0] for part in self.parts)
+        return "samples" if self.d == 1 and rows < ROWS * self.fan_in else "preconditioned"
 
     def solution(self, g: Tensor, damping: float) -> Solution:
         """As ``solve``, with the number of iterations and the error."""
         if self.solver == "diagonal":
             return Solution((1 + damping) * g / (damping + self.diagonal()))
         if self.solver == "kronecker":
-            return Solution((1 + damping) * self._inverse(damping, KRONECKER_SLACK)(g))
+            return Solution(self._inverse(damping, KRONECKER_SLACK)(g).mul_(1 + damping))
         if self.way() == "dense":
             return solvers.cholesky(self.dense(), g, damping)
         slack = self.tolerance * damping / (4 * len(self.parts))
         fewer = replace(self, parts=[part.without_idle_rows(slack) for part in self.parts])
         if fewer.way() == "samples":
-            u = torch.cat([part.features for part in fewer.parts])
-            q = torch.cat([part.coefficients for part in fewer.parts])
+            u = joined([part.features for part in fewer.parts])
+            q = joined([part.coefficients for part in fewer.parts])
             return solvers.in_sample_space(u, q, g, damping, self.tolerance)
         inverse = self._inverse(damping, PRECONDITIONER_SLACK)
         return solvers.conjugate_gradients(fewer.matvec, g, damping, inverse, self.tolerance)
@@ -270,6 +304,11 @@ class UnitBlock:
             few = len(rows) < self.fan_in
             basis = EigenBasis.of_factor(rows) if few else EigenBasis.of(rows.t() @ rows)
         return basis.inverse(scales, damping, slack)
+
+
+def joined(pieces: list[Tensor], dim: int = 0) -> Tensor:
+    """The pieces in one; a single one is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def mean_scale(scales: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,22 @@ from .solvers import Operator
 SMALL = 64  # no band below this size
 WIDE = 2048  # running means of layers with more inputs are of low rank
 RANK = 256  # so many eigenvalues then
+GRID = 1.1  # between the scales at which the band is another
+
+
+@dataclass
+class _Band:
+    """What an inverse needs beside the scales.
+
+    Attributes:
+        key: the ratio of scale to damping, and the slack, that it was made for.
+        middle: of the band. values, vectors: outside it; vectors is None without a band.
+    """
+
+    key: tuple[float, float]
+    middle: float
+    values: Tensor
+    vectors: Tensor | None
 
 
 @dataclass
@@ -27,6 +45,7 @@ class EigenBasis:
 
     values: Tensor
     vectors: Tensor
+    _kept: _Band | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, mean_block: Tensor) -> EigenBasis:
@@ -62,18 +81,43 @@ class EigenBasis:
         """
         if scales.ndim == 3:
             return self._coupled(scales, damping, slack)
-        low, high = self._band(float(scales.max()), damping, slack)
-        column = scales[:, None]
+        size, rank = self.vectors.shape
+        if size == rank and rank <= SMALL:
+            return self._whole(scales, damping)
+        band = self._outside(float(scales.max()), damping, slack)
+        if band.vectors is None:
+            return self._whole(scales, damping)
+        vectors = band.vectors
+        rest = 1 / (damping + scales[:, None] * band.middle)
+        change = torch.outer(scales, band.values).add_(damping).reciprocal_().sub_(rest)
+        return lambda g: (g * rest).addmm_((g @ vectors).mul_(change), vectors.t())
+
+    def _whole(self, scales: Tensor, damping: float) -> Operator:
+        """The inverse without a band, of full rank."""
+        inverse = torch.outer(scales, self.values).add_(damping).reciprocal_()
+        return lambda g: (g @ self.vectors).mul_(inverse) @ self.vectors.t()
+
+    def _outside(self, scale: float, damping: float, slack: float) -> _Band:
+        """What stands outside the band, kept until the band is another."""
+        key = (_above(scale / damping), slack)
+        if self._kept is None or self._kept.key != key:
+            self._kept = self._split(key, *self._band(scale, damping, slack))
+        return self._kept
+
+    def _split(self, key: tuple[float, float], low: int, high: int) -> _Band:
         size, rank = self.vectors.shape
         if size == rank and 2 * (high - low) <= rank:
-            full = 1 / (damping + column * self.values)
-            return lambda g: ((g @ self.vectors) * full) @ self.vectors.t()
-        middle = (self.values[low] + self.values[high - 1]) / 2 if high > low else 0.0
-        rest = 1 / (damping + column * middle)
+            return _Band(key, 0.0, self.values, None)
+        if high == low:
+            return _Band(key, 0.0, self.values, self.vectors)
+        middle = float(self.values[low] + self.values[high - 1]) / 2
         values = torch.cat([self.values[:low], self.values[high:]])
         vectors = torch.cat([self.vectors[:, :low], self.vectors[:, high:]], 1)
-        change = 1 / (damping + column * values) - rest
-        return lambda g: torch.addmm(g * rest, (g @ vectors) * change, vectors.t())
+        return _Band(key, middle, values, vectors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be had again."""
+        return self.__dict__ | {"_kept": None}
 
     def _band(self, scale: float, damping: float, slack: float) -> tuple[int, int]:
         """First and last plus one of the most eigenvalues that may count as one.
@@ -82,9 +126,11 @@ class EigenBasis:
         and stay zeros.
         """
         size, rank = self.vectors.shape
-        if size > rank or rank <= SMALL or not 0 < slack < 1 or scale <= 0:
+        ratio = _above(scale / damping)
+        if size > rank or rank <= SMALL or not 0 < slack < 1 or not ratio:
             return 0, 0
-        top = (2 * slack * damping / scale + (1 + slack) * self.values) / (1 - slack)
+        top = 2 * slack / ratio + (1 + slack) * self.values
+        top /= 1 - slack
         ends = torch.searchsorted(self.values, top, right=True)
         starts = torch.arange(len(ends), device=ends.device)
         low = int((ends - starts).argmax())
@@ -103,6 +149,11 @@ class EigenBasis:
             )
 
         return apply
+
+
+def _above(ratio: float) -> float:
+    """The next larger ratio of a grid: a band that holds for it holds for all below it."""
+    return GRID ** math.ceil(math.log(ratio, GRID)) if 0 < ratio < math.inf else 0.0
 
 
 def symmetric_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:

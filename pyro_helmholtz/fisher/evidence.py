@@ -21,7 +21,7 @@ from ..trace import site_log_prob, stochastic_sites
 from .families import Base, argument_names, constant_transforms, information, unwrap
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """Arguments of one site that inform together.
 
@@ -69,6 +69,7 @@ def entries(
         finder: knows the parameters. observed: with observed sites.
     """
     program = "model" if observed else "guide"
+    known: dict[tuple, Tensor] = {}
     for name, site in stochastic_sites(trace):
         if site["is_observed"] and not observed:
             continue
@@ -80,7 +81,9 @@ def entries(
         weight = None if weights is None else weights[layout.key(site)]
         info, exact, how = information(base.fn)
         covered: set[str] = set()
-        element = _element_weight(site, base, weight, layout) if names else None
+        element = None
+        if names:
+            element = _known_weight(known, site, base, weight, layout)
         for key, value in info.items():
             keys = [key] if isinstance(key, str) else list(key)
             covered |= set(keys)
@@ -117,6 +120,22 @@ def _coupled(
 def _in_transforms(transforms: list[Any], finder: Finder) -> list[str]:
     values = [v for t in transforms for v in vars(t).values() if torch.is_tensor(v)]
     return [n for i, v in enumerate(values) for n in finder.use(("transform", i), v).names]
+
+
+def _known_weight(
+    known: dict[tuple, Tensor], site: dict[str, Any], base: Base, weight: Any, layout: Layout
+) -> Tensor:
+    """``_element_weight``, computed once for sites that differ in their event alone."""
+    if torch.is_tensor(site["scale"]) or site["mask"] is not None or base.masks:
+        return _element_weight(site, base, weight, layout)
+    at, inner = len(site["fn"].batch_shape), base.fn.batch_shape
+    key = (layout.key(site), site["scale"], site_log_prob(site).shape, inner[:at], len(inner), at)
+    if key in known:
+        return known[key]
+    element = _element_weight(site, base, weight, layout)
+    if all(size == 1 for size in element.shape[at:]):
+        known[key] = element
+    return element
 
 
 def _element_weight(site: dict[str, Any], base: Base, weight: Any, layout: Layout) -> Tensor:

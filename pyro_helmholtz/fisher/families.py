@@ -58,8 +58,8 @@ def register_fisher(distribution: type) -> Callable[[R], R]:
 @register_fisher(torch.distributions.Bernoulli)
 def _bernoulli(d: Any) -> Information:
     if "logits" in argument_names(d):
-        logits = d.logits.detach()
-        return {"logits": torch.sigmoid(logits) * torch.sigmoid(-logits)}
+        p = d.logits.detach().abs().neg_().sigmoid_()  # at most ½, so that 1 − p keeps its digits
+        return {"logits": p.addcmul_(p, p, value=-1)}
     probs = d.probs.detach()
     tiny = torch.finfo(probs.dtype).tiny
     return {"probs": 1 / (probs * (1 - probs)).clamp(min=tiny**0.5)}
@@ -141,7 +141,7 @@ def _matrix(rows: list[list[Tensor]]) -> Tensor:
     return torch.stack([torch.stack(torch.broadcast_tensors(*row), -1) for row in rows], -2)
 
 
-@dataclass
+@dataclass(slots=True)
 class Base:
     """A distribution without its wrappers.
 

@@ -95,8 +95,12 @@ class Memory:
         for block in blocks:
             if isinstance(block, MatrixFreeBlock):
                 block.release()
-            elif self._needs_basis(block):
+                continue
+            if self._needs_basis(block):
                 self._update(block)
+            if self.form != "kronecker":  # which has its running means
+                for part in block.parts:
+                    part.join()
 
     def _length(self) -> int:
         """How many batches are kept; the Kronecker form keeps running means instead."""

@@ -62,7 +62,7 @@ def conjugate_gradients(
             max_iterations: at most so many products with F.
     """
     precondition = precondition or (lambda r: r / damping)
-    r = (1 + damping) * g
+    r = (1 + damping) * g  # changed in place below, as are x and every z
     z = precondition(r)
     p, x = z, torch.zeros_like(g)
     rz = (r * z).sum(-1, keepdim=True)
@@ -70,19 +70,22 @@ def conjugate_gradients(
     error, done = 1.0, 0
     while done < max_iterations:
         done += 1
-        product = matvec(p) + damping * p
-        curvature = (p * product).sum(-1, keepdim=True)
-        step = torch.where(curvature > 0, rz / curvature, torch.zeros_like(rz))
-        x = x + step * p
-        r = r - step * product
+        product = matvec(p).add_(p, alpha=damping)
+        step = _ratio(rz, (p * product).sum(-1, keepdim=True))
+        x.addcmul_(step, p)
+        r.addcmul_(step, product, value=-1)
         z = precondition(r)
         new = (r * z).sum(-1, keepdim=True)
         error = float((new.sum() / start.sum()).clamp(min=0).sqrt())
         if error <= tolerance:
             break
-        ratio = torch.where(rz > 0, new / rz, torch.zeros_like(rz))
-        p, rz = z + ratio * p, new
+        p, rz = z.addcmul_(_ratio(new, rz), p), new
     return Solution(x, done, error)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """``a / b``, and zero where b is not positive: there the solution is complete."""
+    return torch.where(b > 0, a / b, 0.0)
 
 
 def in_sample_space(
@@ -104,29 +107,33 @@ def in_sample_space(
         damping: α > 0. tolerance: bound on ``‖x − x*‖ / ‖x‖`` over all units together.
         max_iterations: at most so many products.
     """
-    root = coefficients.t().sqrt()
+    root = coefficients.sqrt().t().contiguous()
     gram = features @ features.t()
-    b = root * (g @ features.t())
-    diagonal = damping + coefficients.t() * gram.diagonal()
+    b = (g @ features.t()).mul_(root)
+    diagonal = root.square().mul_(gram.diagonal()).add_(damping)
     norm = g.square().sum()
-    y, r = torch.zeros_like(b), b
+    y, r = torch.zeros_like(b), b.clone()
     z = r / diagonal
     p, rz = z, (r * z).sum(-1, keepdim=True)
     done, error = 0, 1.0
     while done < max_iterations:
         done += 1
-        product = damping * p + root * ((root * p) @ gram)
-        curvature = (p * product).sum(-1, keepdim=True)
-        step = torch.where(curvature > 0, rz / curvature, torch.zeros_like(rz))
-        y, r = y + step * p, r - step * product
+        product = ((root * p) @ gram).mul_(root).add_(p, alpha=damping)
+        step = _ratio(rz, (p * product).sum(-1, keepdim=True))
+        y.addcmul_(step, p)
+        r.addcmul_(step, product, value=-1)
         # ‖V B⁻¹ r‖ ≤ ‖r‖ / 2√α, and ‖g − V y‖² = ‖g‖² − yᵀ(b + r) − α‖y‖²
-        length = norm - (y * (b + r)).sum() - damping * y.square().sum()
-        error = float((r.square().sum() / (4 * damping * length.clamp(min=1e-30))).sqrt())
+        length = norm - _dot(y, b) - _dot(y, r) - damping * _dot(y, y)
+        error = float((_dot(r, r) / (4 * damping * length.clamp(min=1e-30))).sqrt())
         if error <= tolerance:
             break
         z = r / diagonal
         new = (r * z).sum(-1, keepdim=True)
-        ratio = torch.where(rz > 0, new / rz, torch.zeros_like(rz))
-        p, rz = z + ratio * p, new
-    x = (g - (root * y) @ features) * ((1 + damping) / damping)
+        p, rz = z.addcmul_(_ratio(new, rz), p), new
+    factor = (1 + damping) / damping
+    x = torch.addmm(g, y.mul_(root), features, beta=factor, alpha=-factor)
     return Solution(x, done, error)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))

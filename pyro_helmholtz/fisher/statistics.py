@@ -63,10 +63,11 @@ class Statistics:
 
     def _take_in(self, block: UnitBlock, keep: float) -> None:
         if self.low_rank:
-            rows = [self.mean * keep**0.5, block.root() * (1 - keep) ** 0.5]
-            self.mean = compressed(torch.cat(rows))
+            both = [self.mean * keep**0.5, block.root() * (1 - keep) ** 0.5]
+            self.mean = compressed(torch.cat(both))
         else:
-            self.mean = self.mean.lerp(block.mean_block(), 1 - keep)
+            rows = block.root()
+            self.mean = torch.addmm(self.mean, rows.t(), rows, beta=keep, alpha=1 - keep)
 
     def _due(self) -> bool:
         """After 1, 2, 4, … batches, then every so often: the wider the layer, the rarer."""

@@ -1,11 +1,15 @@
 """Dreams reach the guide: by identity, by dream_args, by observations=."""
 
+import functools
+import inspect
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
 from pyro_helmholtz import RWS
+from pyro_helmholtz.pairing import _parameter_names
 from pyro_helmholtz.trace import Programs
 
 X = torch.tensor([0.0, 1.0, 1.0])
@@ -162,3 +166,27 @@ def test_dreams_keep_the_datas_dtype():
 
     found = dream(model, guide_body, data)
     assert found.args[0].dtype == torch.int64
+
+
+def test_parameters_of_functions_methods_and_partials():
+    class Guide:
+        def run(self, x, observations=None):
+            pass
+
+        def __call__(self, x, *, observations=None):
+            pass
+
+    def plain(x, y, *rest, observations=None, **others):
+        local = x
+        return local
+
+    @functools.wraps(plain)
+    def wrapped(*args, **kwargs):
+        return plain(*args, **kwargs)
+
+    guide = Guide()
+    for program in (guide.run, guide, functools.partial(plain, 1), wrapped):
+        expected = list(inspect.signature(program).parameters)
+        assert _parameter_names(program) == expected
+    assert _parameter_names(guide.run) == ["x", "observations"]
+    assert _parameter_names(plain) == ["x", "y", "observations"]

@@ -1,5 +1,7 @@
 """Running means of layers: every batch has its weight, wide layers keep the largest part."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -70,3 +72,42 @@ def test_low_rank_means_leave_out_the_smallest_part(monkeypatch):
     assert kept.shape == (5, SIZE)
     error = torch.linalg.matrix_norm(rows.t() @ rows - kept.t() @ kept, 2)
     torch.testing.assert_close(error, values[-6])
+
+
+def test_pieces_side_by_side_are_one_matrix():
+    generator = torch.Generator().manual_seed(3)
+    u = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    q, weight = torch.rand(9, 2, generator=generator), torch.rand(9, generator=generator)
+    whole, pieces = Part(u, q), Part([u[:, :3], u[:, 3:]], q)
+    assert pieces.shape == whole.shape == (9, 4)
+    assert torch.equal(pieces.times(weight), u * weight[:, None])
+    assert torch.equal(pieces.by_unit, q.t())
+    again = pickle.loads(pickle.dumps(pieces))
+    data, before = pieces.features, u.clone()
+    u.zero_()  # the user's memory, once the pieces are joined
+    assert torch.equal(data, before) and torch.equal(again.features, before)
+
+
+def test_the_band_is_that_of_the_scale_whatever_came_before():
+    generator = torch.Generator().manual_seed(4)
+    u = torch.rand(500, 90, generator=generator, dtype=torch.float64)
+    g = torch.randn(3, 90, generator=generator, dtype=torch.float64)
+    used = eigenbasis.EigenBasis.of(u.t() @ u / 500)
+    for top in (0.3, 0.29, 0.31, 1e-4, 0.05, 3.0):
+        for damping in (0.1, 0.02):
+            scales = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64) * top
+            fresh = eigenbasis.EigenBasis(used.values, used.vectors)
+            exact = fresh.inverse(scales, damping, 0.0)(g)
+            banded = fresh.inverse(scales, damping, 0.2)(g)
+            assert torch.equal(used.inverse(scales, damping, 0.2)(g), banded)
+            assert (banded - exact).norm() <= 0.2 * exact.norm()
+    assert torch.equal(pickle.loads(pickle.dumps(used)).inverse(scales, damping, 0.2)(g), banded)
+
+
+@pytest.mark.parametrize("scale", [0.0, float("inf"), float("nan")])
+def test_scales_at_the_edge_have_no_band(scale):
+    basis = eigenbasis.EigenBasis.of(torch.diag(torch.arange(80.0)))
+    g = torch.ones(1, 80)
+    for slack in (0.0, 0.2):
+        result = basis.inverse(torch.tensor([scale]), 0.1, slack)(g)
+        assert torch.allclose(result, 10 * g) if scale == 0 else not result.isfinite().all()
