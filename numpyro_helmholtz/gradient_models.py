@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax, random
 
 from .kernels import GaussianKernel, Kernel, deviation, is_module, spread
-from .linear_algebra import solve_spd
+from .linear_algebra import solve_spd, whitened
 
 Gamma = dict[str, dict[str, Any]]
 DEFAULT_RIDGE = 0.1  # Λ, the total ridge
@@ -225,7 +225,9 @@ class RandomFeatures(_OnKernel):
 class Nystrom(_OnKernel):
     """Nyström's form of the kernel regression, on m of the sleep samples (rows spread evenly).
 
-    ``A = K_nm (K_mn K_nm + Λ K_mm)⁻¹ k_m*``; with m = N it is the kernel regression.
+    ``A = K_nm (K_mn K_nm + Λ K_mm)⁻¹ k_m*``; with m = N it is the kernel regression. It is solved
+    as ``A = Φᵀ (ΦΦᵀ + ΛI)⁻¹ φ*`` on the features ``φ(x) = L⁻¹ k_m(x)``, ``LLᵀ = K_mm``, whose
+    condition is the root of the other's.
 
     Args:
         num_inducing: m. ridge: Λ, the total ridge, see ``GradientModel``.
@@ -244,11 +246,9 @@ class Nystrom(_OnKernel):
         inducing = x[spread(min(self.num_inducing, len(x)), len(x))]
         rows = self.gram(inducing, jnp.concatenate([inducing, x, targets]), gamma)
         m, n = len(inducing), len(x)
-        inner, first, second = rows[:, :m], rows[:, m : m + n], rows[:, m + n :]
-        matrix = first @ first.T + _ridge(gamma, x.dtype) * inner
-        jitter = 1e-10 if x.dtype == jnp.float64 else 1e-6
-        diagonal = lax.stop_gradient(jnp.diagonal(matrix).mean())
-        matrix = matrix + jitter * diagonal * jnp.eye(m, dtype=matrix.dtype)
+        features = whitened(rows[:, :m], rows[:, m:])
+        first, second = features[:, :n], features[:, n:]
+        matrix = first @ first.T + _ridge(gamma, x.dtype) * jnp.eye(m, dtype=first.dtype)
         weights = first.T @ solve_spd(matrix, second)
         return weights, weights.sum(0)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import GaussianKernel, Kernel, deviation, spread
-from .linear_algebra import solve_spd
+from .linear_algebra import solve_spd, whitened
 
 DEFAULT_RIDGE = 0.1
 
@@ -255,7 +255,9 @@ class RandomFeatures(_OnKernel):
 class Nystrom(_OnKernel):
     """Nyström's form of the kernel regression, on m of the sleep samples (rows spread evenly).
 
-    ``A = K_nm (K_mn K_nm + Λ K_mm)⁻¹ k_m*``; with m = N it is the kernel regression.
+    ``A = K_nm (K_mn K_nm + Λ K_mm)⁻¹ k_m*``; with m = N it is the kernel regression. It is solved
+    as ``A = Φᵀ (ΦΦᵀ + ΛI)⁻¹ φ*`` on the features ``φ(x) = L⁻¹ k_m(x)``, ``LLᵀ = K_mm``, whose
+    condition is the root of the other's.
 
     Args:
         num_inducing: m. ridge: Λ, the total ridge, see ``GradientModel``.
@@ -273,10 +275,10 @@ class Nystrom(_OnKernel):
         inducing = x[spread(min(self.num_inducing, len(x)), len(x), x.device)]
         rows = self.gram(inducing, torch.cat([inducing, x, targets]))
         m, n = len(inducing), len(x)
-        inner, first, second = rows[:, :m], rows[:, m : m + n], rows[:, m + n :]
-        matrix = first @ first.T + self.log_ridge.exp().to(inner.device) * inner
-        jitter = 1e-10 if x.dtype == torch.float64 else 1e-6
-        matrix = matrix + jitter * matrix.diagonal().mean().detach() * torch.eye(m).to(matrix)
+        features = whitened(rows[:, :m], rows[:, m:])
+        first, second = features[:, :n], features[:, n:]
+        ridge = self.log_ridge.exp().to(first)
+        matrix = first @ first.T + ridge * torch.eye(m).to(first)
         weights = first.T @ solve_spd(matrix, second)
         return weights, weights.sum(0)
 

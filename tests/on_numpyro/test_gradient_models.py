@@ -114,9 +114,18 @@ def test_nystrom_by_dense_inverse_and_its_limit():
     # The Gaussian kernel sees differences alone, so the centring of its features is no matter.
     u = X[np.arange(9) * 40 // 9]
     knm, kmm = gram(X, u), gram(u, u)
-    close(weights, knm @ np.linalg.inv(knm.T @ knm + 0.3 * kmm) @ gram(u, TARGETS), 1e-7)
+    close(weights, knm @ np.linalg.inv(knm.T @ knm + 0.3 * kmm) @ gram(u, TARGETS))
     every = Nystrom(40, 0.3, GaussianKernel(1.5)).weights(X, TARGETS)
-    close(every, KernelRegression(GaussianKernel(1.5), 0.3).weights(X, TARGETS), 1e-6)
+    close(every, KernelRegression(GaussianKernel(1.5), 0.3).weights(X, TARGETS), 1e-8)
+
+
+@pytest.mark.parametrize("width", [0.3, 1.0, 2.0])
+def test_nystrom_in_float32_with_many_close_dreams(width):
+    x, targets = points(2000, 2), points(50, 2, 1)
+    y, model = jnp.sin(3 * x[:, 0]) + x[:, 1], Nystrom(200, 0.1, GaussianKernel(width))
+    expected = y @ model.weights(x, targets)
+    x, y, targets = (v.astype(jnp.float32) for v in (x, y, targets))
+    close(y @ model.weights(x, targets), expected, 0.15)
 
 
 def test_random_features_by_dense_inverse_and_their_limit():
