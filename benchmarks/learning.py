@@ -9,7 +9,8 @@
 
 Every method starts from the same parameters for a seed and sees the data in the same order. The
 clock stands still during evaluation, whose random numbers are apart from those of training. The
-rates of ``--grid`` and ``--lr`` are tried one by one; ``natural`` without options runs the
+rates of ``--grid`` and ``--lr`` are tried one by one; ``rws-average`` is SGD with averaged
+parameters, as the natural estimators have by default; ``natural`` without options runs the
 library's defaults.
 """
 
@@ -35,6 +36,7 @@ from pyro_helmholtz.datasets import load
 
 GRID: dict[str, list] = {
     "rws-sgd": [0.1],
+    "rws-average": [0.1],
     "rws-nesterov": [0.02],
     "rws-adam": [0.003],
     "pyro-adam": [0.003],
@@ -74,8 +76,9 @@ def make_step(method: str, options: dict, model: Callable, guide: Callable, size
         return lambda x: step(x)[0]
     if method == "rws-adam":
         return ph.RWS(model, guide, optimiser("Adam", options), **common).step
-    if method == "rws-sgd":
-        return ph.RWS(model, guide, optimiser("SGD", options), **common).step
+    if method in ("rws-sgd", "rws-average"):
+        average = method == "rws-average"
+        return ph.RWS(model, guide, optimiser("SGD", options), average=average, **common).step
     if method == "rws-nesterov":
         momentum = {"momentum": 0.9, "nesterov": True}
         return ph.RWS(model, guide, optimiser("SGD", options | momentum), **common).step
@@ -180,7 +183,9 @@ def main() -> None:
     )
     parser.add_argument("--binarize", choices=["threshold", "sample"], default="threshold")
     parser.add_argument("--layers", default="100,50,20,10,10", help="hidden layers, bottom first")
-    parser.add_argument("--methods", default="rws-sgd,rws-nesterov,rws-adam,pyro-adam,natural")
+    parser.add_argument(
+        "--methods", default="rws-sgd,rws-average,rws-nesterov,rws-adam,pyro-adam,natural"
+    )
     parser.add_argument("--lr", help="rates for every method, with commas")
     parser.add_argument("--grid", action="append", default=[], metavar="METHOD=LR,LR")
     parser.add_argument(

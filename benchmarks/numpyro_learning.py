@@ -12,7 +12,8 @@ The data are on the device, and all updates between two evaluations are one comp
 (``lax.scan``), compiled before the clock starts. The clock stands still during evaluation, whose
 random keys are apart from those of training. Every method starts from the same parameters for a
 seed and sees the data in the same order. The rates of ``--grid`` and ``--lr`` are tried one by
-one; ``natural`` without options runs the library's defaults.
+one; ``rws-average`` is SGD with averaged parameters, as the natural estimators have by default;
+``natural`` without options runs the library's defaults.
 
 With ``--time-epoch`` whole epochs are timed instead, of all methods in turn, one call each. By
 default that is MNIST with the thesis's twelve hidden layers, 1,875 minibatches of 32, K = 10.
@@ -49,6 +50,7 @@ from numpyro_helmholtz.quickstart import Batches
 
 RATES: dict[str, list] = {
     "rws-sgd": [0.02, 0.05, 0.1, 0.2],
+    "rws-average": [0.2],
     "rws-adam": [0.001, 0.003],
     "natural": [None],
 }
@@ -135,8 +137,8 @@ def make_front_end(name: str, options: dict, programs: tuple, particles: int) ->
     if sgd and "lr" not in options:
         raise ValueError(f"the options {sgd} of SGD need an lr beside them")
     optim = optax.sgd(**sgd) if sgd else None
-    if name == "rws-sgd":
-        return nh.RWS(*programs, optim, **common)
+    if name in ("rws-sgd", "rws-average"):
+        return nh.RWS(*programs, optim, average=name == "rws-average", **common)
     rest = {key: value for key, value in options.items() if key not in SGD_OPTIONS}
     return nh.NaturalRWS(*programs, optim, **(common | rest))
 

@@ -1,15 +1,15 @@
 """The time of one step: by hand in JAX, this library's estimators, and NumPyro's RenyiELBO.
 
     python benchmarks/numpyro_step_time.py --network mnist
-    python benchmarks/numpyro_step_time.py --network thesis --json step_time.json
+    python benchmarks/numpyro_step_time.py --network thesis --folder data/mnist --json times.json
     python benchmarks/numpyro_step_time.py --bars
 
 Every contender's step runs under ``jit`` and ``lax.scan``. All are timed in one run, in turn,
 block after block; the ratios are medians of the ratios within a repetition, so that a busy
 neighbour slows both sides. The first block's time less a block's is the compile time. A
 contender goes on from block to block: what it does only once in many steps shows in the mean,
-not in the median. With ``--bars`` the same number of steps is timed through ``run`` with and
-without a progress bar.
+not in the median. The data are noise, or MNIST with ``--folder``. With ``--bars`` the same
+number of steps is timed through ``run`` with and without a progress bar.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from numpyro.infer import SVI, RenyiELBO
 from rich.table import Table
 
 import numpyro_helmholtz as nh
+from numpyro_helmholtz.datasets import load
 
 NETWORKS = {
     "mnist": [784, 200, 100],
     "thesis": [784, 300, 200, 100, 75, 50, 35, 30, 25, 20, 15, 10, 10],
     "12288": [12_288, 1_000],
 }
+BATCHES = 100
 METHODS = ["by-hand", "rws", "renyi", "unit", "kronecker", "diagonal"]
 
 
@@ -114,16 +116,32 @@ class Block:
     """Some steps of one contender under ``lax.scan``; each call goes on where the last ended.
 
     Args:
-        update: ``(state, x) -> (state, loss)``. state: the first. steps: in a block.
+        update: ``(state, x) -> (state, loss)``. state: the first.
+        x: minibatches, (batches, batch size, width), taken in turn. steps: in a block.
     """
 
     def __init__(self, update: Callable, state: Any, x: Array, steps: int) -> None:
-        self.state, self.x = state, x
-        self.scan = jax.jit(lambda s, x: lax.scan(lambda s, _: update(s, x), s, None, steps))
+        self.state, self.x, self.done = state, x, 0
+
+        def scan(state: Any, x: Array, done: Array) -> Any:
+            turns = (done + jnp.arange(steps)) % len(x)
+            return lax.scan(lambda s, i: update(s, x[i]), state, turns)
+
+        self.steps, self.scan = steps, jax.jit(scan)
 
     def __call__(self) -> Any:
-        self.state, losses = self.scan(self.state, self.x)
+        self.state, losses = self.scan(self.state, self.x, self.done)
+        self.done += self.steps
         return self.state, losses
+
+
+def minibatches(args: argparse.Namespace, width: int) -> Array:
+    """Binary images, (batches, batch size, width): MNIST's where a folder is given."""
+    shape = (BATCHES, args.batch_size, width)
+    if args.folder:
+        images = load("mnist", binarize="threshold", folder=args.folder).train
+        return jnp.asarray(images[: BATCHES * args.batch_size], jnp.float32).reshape(shape)
+    return random.bernoulli(random.key(args.seed), 0.2, shape).astype(jnp.float32)
 
 
 def measure(args: argparse.Namespace, widths: list[int], x: Array) -> dict[str, dict]:
@@ -131,7 +149,7 @@ def measure(args: argparse.Namespace, widths: list[int], x: Array) -> dict[str, 
     blocks: dict[str, Block] = {}
     results: dict[str, dict] = {}
     for name in args.methods:
-        blocks[name] = Block(*make_step(name, widths, args.particles, x), x, args.steps)
+        blocks[name] = Block(*make_step(name, widths, args.particles, x[0]), x, args.steps)
         first = timed(blocks[name])
         results[name] = {"compile_s": first - timed(blocks[name]), "ms": []}
         for _ in range(0, args.warm_up, args.steps):
@@ -149,11 +167,11 @@ def measure_bars(args: argparse.Namespace, widths: list[int], x: Array) -> dict[
         if name == "by-hand":
             continue
         svi = make_front_end(name, widths, args.particles)
-        state = svi.init(random.key(0), x)
+        state = svi.init(random.key(0), x[0])
         for bar in (True, False):
             label = f"{name}, {'bar' if bar else 'no bar'}"
             runs[label] = partial(
-                svi.run, random.key(0), args.steps, x, init_state=state, progress_bar=bar
+                svi.run, random.key(0), args.steps, x[0], init_state=state, progress_bar=bar
             )
     results: dict[str, dict] = {}
     for label, run in runs.items():
@@ -205,6 +223,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps in a timed block")
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=200, help="steps that are not timed")
+    parser.add_argument("--folder", help="MNIST's IDX files, to run on its images, not on noise")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--particles", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
@@ -216,8 +235,9 @@ def main() -> None:
         parser.error(f"unknown methods {sorted(unknown)}; there are {METHODS}")
 
     widths = NETWORKS[args.network]
-    shape = (args.batch_size, widths[0])
-    x = random.bernoulli(random.key(args.seed), 0.2, shape).astype(jnp.float32)
+    if args.folder and widths[0] != 784:
+        parser.error(f"--folder is for networks of 784 pixels, not of {widths[0]}")
+    x = minibatches(args, widths[0])
     report((measure_bars if args.bars else measure)(args, widths, x), args)
 
 

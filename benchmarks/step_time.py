@@ -1,16 +1,19 @@
 """The time of one step: by hand, this library's estimators, and Pyro's own RWS.
 
     python benchmarks/step_time.py --network mnist
-    python benchmarks/step_time.py --network thesis --json step_time.json
+    python benchmarks/step_time.py --network thesis --folder data/mnist --json step_time.json
     python benchmarks/step_time.py --network 12288 --methods by-hand,unit --repetitions 3 --steps 1
 
 All contenders are timed in one run, in turn, block after block, with the threads pinned; the
 ratios are medians of the ratios within a repetition, so that a busy neighbour slows both sides.
+The data are noise, or MNIST with ``--folder``. The first steps are not timed: in them the
+natural gradients find several eigenbases.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -29,12 +32,14 @@ from rich.table import Table
 from torch import Tensor
 
 import pyro_helmholtz as ph
+from pyro_helmholtz.datasets import load
 
 NETWORKS = {
     "mnist": [784, 200, 100],
     "thesis": [784, 300, 200, 100, 75, 50, 35, 30, 25, 20, 15, 10, 10],
     "12288": [12_288, 1_000],
 }
+BATCHES = 100
 METHODS = ["by-hand", "rws", "pyro", "unit", "kronecker", "diagonal"]
 
 
@@ -111,14 +116,25 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def minibatches(args: argparse.Namespace, width: int) -> Tensor:
+    """Binary images, (batches, batch size, width): MNIST's where a folder is given."""
+    if args.folder:
+        images = load("mnist", binarize="threshold", folder=args.folder).train
+        used = images[: BATCHES * args.batch_size]
+    else:
+        used = torch.bernoulli(torch.full((BATCHES * args.batch_size, width), 0.2))
+    return used.reshape(BATCHES, args.batch_size, width).to(args.device)
+
+
 def measure(steps: dict[str, Callable], x: Tensor, args: argparse.Namespace) -> dict[str, dict]:
     """Times the contenders in turn; milliseconds per step for each repetition, and memory."""
     cuda = args.device.startswith("cuda")
+    turns = {name: itertools.cycle(x) for name in steps}
 
     def block(name: str, count: int) -> float:
         start = time.perf_counter()
         for _ in range(count):
-            steps[name](x)
+            steps[name](next(turns[name]))
         if cuda:
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / count * 1e3
@@ -172,7 +188,8 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="contenders, with commas")
     parser.add_argument("--steps", type=int, default=5, help="steps in a timed block")
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--warm-up", type=int, default=3, help="steps that are not timed")
+    parser.add_argument("--warm-up", type=int, default=200, help="steps that are not timed")
+    parser.add_argument("--folder", help="MNIST's IDX files, to run on its images, not on noise")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--particles", type=int, default=10)
     parser.add_argument(
@@ -193,7 +210,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pyro.set_rng_seed(args.seed)
     widths = NETWORKS[args.network]
-    x = torch.bernoulli(torch.full((args.batch_size, widths[0]), 0.2)).to(args.device)
+    if args.folder and widths[0] != 784:
+        parser.error(f"--folder is for networks of 784 pixels, not of {widths[0]}")
+    x = minibatches(args, widths[0])
     options = (widths, args.particles, args.device, args.sleep_particles)
     steps = {name: make_step(name, *options) for name in names}
     report(measure(steps, x, args), args)

@@ -15,7 +15,7 @@ class BiHM(HelmholtzSVI):
     """Bidirectional Helmholtz machine; see ``BiHM_ELBO``.
 
     Args:
-        model, guide, optim: see ``HelmholtzSVI``.
+        model, guide, optim, average: see ``HelmholtzSVI``.
         num_particles, baseline, max_plate_nesting, dream_args: see ``BiHM_ELBO``.
 
     Raises:
@@ -30,6 +30,7 @@ class BiHM(HelmholtzSVI):
         num_particles: int = 10,
         *,
         baseline: bool = True,
+        average: bool = False,
         max_plate_nesting: float = math.inf,
         dream_args: Callable | None = None,
     ) -> None:
@@ -39,7 +40,7 @@ class BiHM(HelmholtzSVI):
             max_plate_nesting=max_plate_nesting,
             dream_args=dream_args,
         )
-        super().__init__(model, guide, optim, estimator)
+        super().__init__(model, guide, optim, estimator, average=average)
 
 
 class NaturalBiHM(NaturalSVI):
@@ -51,7 +52,8 @@ class NaturalBiHM(NaturalSVI):
     Args:
         model, guide, optim: see ``HelmholtzSVI``.
         num_particles, baseline, max_plate_nesting, dream_args: see ``BiHM_ELBO``.
-        damping, fisher, fisher_samples, refresh_every, tolerance, kl_clip: see ``NaturalSVI``.
+        damping, fisher, fisher_samples, refresh_every, tolerance, kl_clip, average: see
+            ``NaturalSVI``.
 
     Raises:
         ValueError: an option out of its range.
@@ -71,6 +73,7 @@ class NaturalBiHM(NaturalSVI):
         baseline: bool = True,
         tolerance: float = TOLERANCE,
         kl_clip: float | None = None,
+        average: bool | None = None,
         max_plate_nesting: float = math.inf,
         dream_args: Callable | None = None,
     ) -> None:
@@ -91,6 +94,7 @@ class NaturalBiHM(NaturalSVI):
             fisher_samples=fisher_samples,
             tolerance=tolerance,
             kl_clip=kl_clip,
+            average=average,
         )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax, random
+from jax import Array, random
 
 from .kernels import GaussianKernel, Kernel, deviation, is_module, spread
 from .linear_algebra import solve_spd, whitened

@@ -9,6 +9,7 @@ from jax import lax
 from numpyro.primitives import Messenger
 
 from .checks import is_factor
+from .flat_keys import draws_plainly, flat
 
 
 class Constants(Messenger):
@@ -40,6 +41,17 @@ class Particles(numpyro.plate):
 
     def postprocess_message(self, msg: Any) -> None:
         """Nothing: the host's would look for the plate's dimension in parameters."""
+
+
+class FlatDraws(Messenger):
+    """Have samples drawn by keys that compile fast; enter it outside ``handlers.seed``."""
+
+    def process_message(self, msg: Any) -> None:
+        """Replace the key of a sample."""
+        if msg["type"] != "sample" or msg["kwargs"].get("rng_key") is None:
+            return
+        if draws_plainly(msg["fn"]):
+            msg["kwargs"]["rng_key"] = flat(msg["kwargs"]["rng_key"])
 
 
 class Dreaming(Messenger):

@@ -24,6 +24,7 @@ from .estimators.base import HelmholtzELBO, Pass
 from .estimators.reweighted import RWS_ELBO
 from .fisher.assemble import Block, assemble
 from .fisher.memory import Fisher, Kept, Memory
+from .later import later
 from .parameters import Params, parameters, rebuild
 from .recipe import Recipe
 from .svi import Directions, HelmholtzState, HelmholtzSVI
@@ -33,7 +34,6 @@ DAMPING = 0.1
 FORM = "kronecker"
 TOLERANCE = 1e-2
 LEARNING_RATE = 0.2
-ANNEALING = 300  # steps
 REFRESH_ALL, REFRESH_EVERY = 300, 8  # steps
 
 
@@ -57,6 +57,8 @@ class NaturalSVI(HelmholtzSVI):
         tolerance: relative error of iterative solves.
         kl_clip: largest ``½ xᵀFx``, a bound on the divergence of a step of rate one; the
             direction is shrunk to meet it. None for no bound.
+        average: see ``HelmholtzSVI``. None: with the default optimiser, whose large rate it
+            allows, but not with another.
 
     Raises:
         ValueError: an option out of its range.
@@ -76,13 +78,21 @@ class NaturalSVI(HelmholtzSVI):
         fisher_samples: str | None = None,
         tolerance: float = TOLERANCE,
         kl_clip: float | None = None,
+        average: bool | None = None,
     ) -> None:
-        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
+        super().__init__(
+            model,
+            guide,
+            optim,
+            estimator,
+            sleep_steps=sleep_steps,
+            average=optim is None if average is None else average,
+        )
         if not callable(damping) and not damping > 0:
             raise ValueError(f"damping must be positive, got {damping!r}.")
         if fisher_samples is None:
             fisher_samples = "average" if fisher == "kronecker" else "lagged"
-        self._refresh_all, self._annealed = 0, optim is None
+        self._refresh_all = 0
         if refresh_every is None:
             averaged = (fisher, fisher_samples) == ("kronecker", "average")
             refresh_every = REFRESH_EVERY if averaged else 1
@@ -100,16 +110,8 @@ class NaturalSVI(HelmholtzSVI):
         self._made: dict[tuple, _Made] = {}
 
     def default_optimiser(self) -> Any:
-        """SGD of rate 0.2/√(1 + step/300).
-
-        The rate falls because natural gradients average over about ``batch/rate`` data: with
-        rates like 1/step they use all data seen as well as any method can (Amari 1998), and the
-        noise of a fixed rate would soon hide what they gain.
-        """
+        """SGD of rate 0.2, the noise of which the average takes out."""
         return optax_to_numpyro(optax.sgd(LEARNING_RATE))
-
-    def _rate(self, step: Array) -> Array | None:
-        return lax.rsqrt(1 + step / ANNEALING) if self._annealed else None
 
     def _alpha(self, step: Any) -> Any:
         return self.damping(step) if callable(self.damping) else self.damping
@@ -131,17 +133,17 @@ class NaturalSVI(HelmholtzSVI):
 
     def _direction(self, done: Pass, gradient: Params, memory: Kept) -> tuple[Params, Kept]:
         assert done.step is not None
-        blocks = self._blocks(done)
+        blocks = self._blocks_later(done)
         leaves = parameters(gradient)
-        fisher = self.memory.fisher(memory, blocks, self._alpha(done.step))
+        fisher = self.memory.fisher(memory, blocks(), self._alpha(done.step), blocks)
         natural = self._clip(leaves, fisher.solve(leaves), fisher.damping)
         if done.model is not None:
             memory = self._remember(memory, blocks, done.step)
         return rebuild(natural, gradient), memory
 
-    def _remember(self, memory: Kept, blocks: list[Block], step: Array) -> Kept:
+    def _remember(self, memory: Kept, blocks: Callable[[], list[Block]], step: Array) -> Kept:
         def take_in() -> Kept:
-            return self.memory.remember(memory, blocks)
+            return self.memory.remember(memory, blocks())
 
         # A batch of another shape is taken in whenever it comes.
         same = _signature(jax.eval_shape(take_in)) == _signature(memory)
@@ -160,6 +162,20 @@ class NaturalSVI(HelmholtzSVI):
         over = divergence > self.kl_clip
         shrink = jnp.where(over, jnp.sqrt(self.kl_clip / jnp.where(over, divergence, 1)), 1)
         return {name: shrink * value for name, value in x.items()}
+
+    def _blocks_later(self, done: Pass) -> Callable[[], list[Block]]:
+        """What computes the blocks where it is called: in the branches that need them."""
+        made: list[Block] = []
+
+        def arrays() -> list[Any]:
+            made[:] = self._blocks(done)
+            return [block.arrays for block in made]
+
+        if self.refresh_every == 1:
+            arrays()
+            return lambda: made
+        rest = later(arrays)
+        return lambda: [b.with_arrays(a) for b, a in zip(made, rest(), strict=True)]
 
     def _blocks(self, done: Pass) -> list[Block]:
         """The blocks of this batch; those of the guide alone in an extra sleep step."""
@@ -225,7 +241,8 @@ class NaturalRWS(NaturalSVI):
         model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
         num_particles, sleep_weight, sleep_scale, baseline, max_plate_nesting, dream_args: see
             ``RWS_ELBO``.
-        damping, fisher, fisher_samples, refresh_every, tolerance, kl_clip: see ``NaturalSVI``.
+        damping, fisher, fisher_samples, refresh_every, tolerance, kl_clip, average: see
+            ``NaturalSVI``.
 
     Raises:
         ValueError: an option out of its range.
@@ -248,6 +265,7 @@ class NaturalRWS(NaturalSVI):
         baseline: bool = True,
         tolerance: float = TOLERANCE,
         kl_clip: float | None = None,
+        average: bool | None = None,
         max_plate_nesting: float = math.inf,
         dream_args: Callable | None = None,
     ) -> None:
@@ -271,6 +289,7 @@ class NaturalRWS(NaturalSVI):
             fisher_samples=fisher_samples,
             tolerance=tolerance,
             kl_clip=kl_clip,
+            average=average,
         )
 
 

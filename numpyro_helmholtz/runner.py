@@ -31,7 +31,7 @@ from .checks import (
     raise_for,
     stochastic_sites,
 )
-from .messengers import Constants, Particles
+from .messengers import Constants, FlatDraws, Particles
 from .parameters import Held, Params, constraining
 from .sites import mutable_values, sampled_values
 
@@ -115,6 +115,7 @@ class Runner:
             trace = stack.enter_context(handlers.trace())
             stack.enter_context(handlers.substitute(data=values or {}))
             stack.enter_context(Held(params, mutable or {}, constrained=self.constrained))
+            stack.enter_context(FlatDraws())
             # Inside the substitution: a site's key does not depend on what is replayed.
             stack.enter_context(handlers.seed(rng_seed=rng_key))
             if dreaming is not None:

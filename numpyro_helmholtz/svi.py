@@ -21,6 +21,7 @@ from numpyro.infer.svi import SVIRunResult
 from tqdm.auto import tqdm
 
 from .arguments import Arguments
+from .averaging import Average
 from .checks import check_program
 from .estimators.base import HelmholtzELBO, Pass
 from .estimators.reweighted import RWS_ELBO
@@ -42,6 +43,7 @@ class HelmholtzState(NamedTuple):
         rng_key: random key. memory: of the Fisher matrix; ``()`` where there is none.
         step: number of updates so far. skipped: number of those left out by ``stable_update``.
         transforms: of the constrained parameters, by name.
+        average: an ``Average`` of the parameters, or ``()``.
     """
 
     optim_state: Any
@@ -51,6 +53,7 @@ class HelmholtzState(NamedTuple):
     step: Array
     skipped: Array
     transforms: dict[str, Any]
+    average: Any = ()
 
 
 @dataclass
@@ -79,11 +82,13 @@ class HelmholtzSVI:
         model: a NumPyro program with observed sites. guide: one with the same arguments and
             the same latents.
         optim: an optimiser of ``numpyro.optim`` or an optax transformation; None is
-            ``default_optimiser``: SGD of rate 0.05, or the natural ones of rate
-            0.2/√(1 + step/300).
+            ``default_optimiser``: SGD of rate 0.05, or the natural ones of rate 0.2.
         estimator: the phases of an update. sleep_steps: sleep updates per wake update; those
             after the first train the guide alone (sleep-well). With more than one, the guide's
             parameters and the model's have an optimiser state each.
+        average: ``get_params`` gives the mean of every parameter over the last tenth or so of
+            the updates, see ``Average``. An update goes on from the point where the last one
+            ended.
 
     Raises:
         TypeError: an optimiser that is neither NumPyro's nor optax's.
@@ -98,6 +103,7 @@ class HelmholtzSVI:
         estimator: HelmholtzELBO,
         *,
         sleep_steps: int = 1,
+        average: bool = False,
     ) -> None:
         check_program("model", model)
         check_program("guide", guide)
@@ -106,7 +112,7 @@ class HelmholtzSVI:
         self.model, self.guide, self.estimator = model, guide, estimator
         self.optim = self.default_optimiser() if optim is None else of_numpyro(optim)
         self._optimiser = Optimiser(self.optim, apart=sleep_steps > 1)
-        self.sleep_steps = sleep_steps
+        self.sleep_steps, self.average = sleep_steps, average
         self.programs: Programs = estimator.programs(model, guide)
         self._jitted = jax.jit(self._chunk, static_argnames="stable")
         self._evaluate = jax.jit(self._bound)
@@ -159,7 +165,10 @@ class HelmholtzSVI:
         memory = self._fisher_init(fisher_key, params, args, kwargs, mutable)
         optim_state = self._optimiser.init(params, found.of_guide)
         zero = jnp.zeros((), jnp.int32)
-        return HelmholtzState(optim_state, mutable, rng_key, memory, zero, zero, found.transforms)
+        average = Average.start(params) if self.average else ()
+        return HelmholtzState(
+            optim_state, mutable, rng_key, memory, zero, zero, found.transforms, average
+        )
 
     def update(self, state: HelmholtzState, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """One update of all parameters; pure, to be run inside ``jit`` or ``lax.scan``.
@@ -186,6 +195,9 @@ class HelmholtzSVI:
             assert done.rng_key is not None
             keys = random.split(random.fold_in(done.rng_key, 1), self.sleep_steps - 1)
             state, _ = lax.scan(partial(self._sleep_step, args=args, kwargs=kwargs), state, keys)
+        if self.average:
+            points = self._optimiser.params(state.optim_state)
+            state = state._replace(average=state.average.take_in(points))
         assert done.loss is not None
         return state, done.loss
 
@@ -240,14 +252,7 @@ class HelmholtzSVI:
 
     def _ascend(self, state: HelmholtzState, direction: Params, loss: Array | None) -> Any:
         """The optimiser's step."""
-        rate = self._rate(state.step)
-        if rate is not None:
-            direction = jax.tree.map(lambda x: rate.astype(x.dtype) * x, direction)
         return self._optimiser.ascend(state.optim_state, direction, loss)
-
-    def _rate(self, step: Array) -> Array | None:
-        """Factor of the optimiser's rate in this step; None for 1."""
-        return None
 
     # many updates
 
@@ -320,7 +325,13 @@ class HelmholtzSVI:
 
     def get_params(self, state: HelmholtzState) -> Params:
         """Values of all parameters as the programs see them, by site name."""
-        return constrain(state.transforms, self._optimiser.params(state.optim_state))
+        return constrain(state.transforms, self._read(state))
+
+    def _read(self, state: HelmholtzState) -> Params:
+        """Unconstrained parameters as others see them: the means where there are any."""
+        if self.average:
+            return state.average.means
+        return self._optimiser.params(state.optim_state)
 
     def evaluate(self, state: HelmholtzState, *args: Any, **kwargs: Any) -> Array:
         """Minus the K-particle bound, on the host's scale; updates nothing.
@@ -353,7 +364,7 @@ class HelmholtzSVI:
     def _bound(self, state: HelmholtzState, arguments: Arguments) -> Array:
         args, kwargs = arguments.rebuilt()
         key = random.split(state.rng_key)[1]
-        params = self._optimiser.params(state.optim_state)
+        params = self._read(state)
         wake = self.programs.wake(key, params, args, kwargs, mutable=state.mutable_state)
         return -self.estimator.bound(wake)
 
@@ -362,7 +373,7 @@ class WakeSleep(HelmholtzSVI):
     """Wake-sleep; see ``WakeSleep_ELBO``.
 
     Args:
-        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
+        model, guide, optim, sleep_steps, average: see ``HelmholtzSVI``.
         num_particles, sleep_scale, max_plate_nesting, dream_args: see ``WakeSleep_ELBO``.
     """
 
@@ -374,17 +385,18 @@ class WakeSleep(HelmholtzSVI):
         num_particles: int = 1,
         *,
         sleep_steps: int = 1,
+        average: bool = False,
         **options: Any,
     ) -> None:
         estimator = WakeSleep_ELBO(num_particles, **options)
-        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
+        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps, average=average)
 
 
 class RWS(HelmholtzSVI):
     """Reweighted wake-sleep; see ``RWS_ELBO``.
 
     Args:
-        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
+        model, guide, optim, sleep_steps, average: see ``HelmholtzSVI``.
         num_particles, sleep_weight, sleep_scale, baseline, max_plate_nesting, dream_args: see
             ``RWS_ELBO``.
     """
@@ -397,10 +409,11 @@ class RWS(HelmholtzSVI):
         num_particles: int = 10,
         *,
         sleep_steps: int = 1,
+        average: bool = False,
         **options: Any,
     ) -> None:
         estimator = RWS_ELBO(num_particles, **options)
-        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
+        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps, average=average)
 
 
 __all__ = ["RWS", "Directions", "HelmholtzSVI", "HelmholtzState", "Pass", "WakeSleep"]

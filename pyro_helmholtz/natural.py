@@ -31,7 +31,6 @@ DAMPING = 0.1
 FORM = "kronecker"
 TOLERANCE = 1e-2
 LEARNING_RATE = 0.2
-ANNEALING = 300  # steps
 REFRESH_ALL, REFRESH_EVERY = 300, 8  # steps
 
 
@@ -55,6 +54,8 @@ class NaturalSVI(HelmholtzSVI):
         tolerance: relative error of iterative solves.
         kl_clip: largest ``½ xᵀFx``, a bound on the divergence of a step of rate one; the
             direction is shrunk to meet it. None for no bound.
+        average: see ``HelmholtzSVI``. None: with the default optimiser, whose large rate it
+            allows, but not with another.
 
     Raises:
         ValueError: an option out of its range.
@@ -74,8 +75,16 @@ class NaturalSVI(HelmholtzSVI):
         fisher_samples: str | None = None,
         tolerance: float = TOLERANCE,
         kl_clip: float | None = None,
+        average: bool | None = None,
     ) -> None:
-        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
+        super().__init__(
+            model,
+            guide,
+            optim,
+            estimator,
+            sleep_steps=sleep_steps,
+            average=optim is None if average is None else average,
+        )
         if not callable(damping) and not damping > 0:
             raise ValueError(f"damping must be positive, got {damping!r}.")
         if fisher_samples is None:
@@ -96,21 +105,12 @@ class NaturalSVI(HelmholtzSVI):
         self.memory = Memory(fisher, fisher_samples, tolerance=tolerance, mean_every=every)
         self._finder = Finder()
         self._steps = 0
-        self._annealed = optim is None
         self._fresh: list[Block] | None = None
         self._fisher: Fisher | None = None
 
     def default_optimiser(self) -> PyroOptim:
-        """SGD of rate 0.2/√(1 + step/300).
-
-        The rate falls because natural gradients average over about ``batch/rate`` data: with
-        rates like 1/step they use all data seen as well as any method can (Amari 1998), and the
-        noise of a fixed rate would soon hide what they gain.
-        """
+        """SGD of rate 0.2, the noise of which the average takes out."""
         return sgd(lr=LEARNING_RATE)
-
-    def _rate(self) -> float:
-        return 1 / math.sqrt(1 + self._steps / ANNEALING) if self._annealed else 1.0
 
     def _alpha(self) -> float:
         alpha = float(self.damping(self._steps) if callable(self.damping) else self.damping)
@@ -187,12 +187,13 @@ class NaturalSVI(HelmholtzSVI):
         any, else from this one. Updates nothing.
         """
         self._resume(args, kwargs)
-        done = self.estimator.run(self.programs, args, kwargs)
-        leaves = done.leaves()
-        fresh = self._blocks(done, leaves, args, kwargs)
-        direction = gradient(done.surrogate, leaves)
-        fisher = self._operator(fresh)
-        natural = self._clip(direction, fisher.solve(direction), fisher.damping)
+        with self._points():
+            done = self.estimator.run(self.programs, args, kwargs)
+            leaves = done.leaves()
+            fresh = self._blocks(done, leaves, args, kwargs)
+            direction = gradient(done.surrogate, leaves)
+            fisher = self._operator(fresh)
+            natural = self._clip(direction, fisher.solve(direction), fisher.damping)
         return Directions(direction, natural, fisher, float(done.loss))
 
     def structure(self, *args: Any, **kwargs: Any) -> Structure:
@@ -221,7 +222,8 @@ class NaturalRWS(NaturalSVI):
         model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
         num_particles, sleep_weight, sleep_scale, baseline, max_plate_nesting, dream_args: see
             ``RWS_ELBO``.
-        damping, fisher, fisher_samples, refresh_every, tolerance, kl_clip: see ``NaturalSVI``.
+        damping, fisher, fisher_samples, refresh_every, tolerance, kl_clip, average: see
+            ``NaturalSVI``.
 
     Raises:
         ValueError: an option out of its range.
@@ -244,6 +246,7 @@ class NaturalRWS(NaturalSVI):
         baseline: bool = True,
         tolerance: float = TOLERANCE,
         kl_clip: float | None = None,
+        average: bool | None = None,
         max_plate_nesting: float = math.inf,
         dream_args: Callable | None = None,
     ) -> None:
@@ -267,4 +270,5 @@ class NaturalRWS(NaturalSVI):
             fisher_samples=fisher_samples,
             tolerance=tolerance,
             kl_clip=kl_clip,
+            average=average,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from .averaging import Average
 from .estimators.base import HelmholtzELBO, Pass, score
 from .estimators.reweighted import RWS_ELBO
 from .estimators.wake_sleep import WakeSleep_ELBO
@@ -50,9 +52,11 @@ class HelmholtzSVI:
         model: a Pyro program with observed sites. guide: one with the same arguments and the
             same latents.
         optim: any ``pyro.optim`` optimiser; None is ``default_optimiser``: SGD of rate 0.05, or
-            the natural ones of rate 0.2/√(1 + step/300).
+            the natural ones of rate 0.2.
         estimator: the phases of an update. sleep_steps: sleep updates per wake update; those
             after the first train the guide alone (sleep-well).
+        average: Pyro's store holds the mean of every parameter over the last tenth or so of the
+            updates, see ``Average``. An update goes on from the point where the last one ended.
 
     Raises:
         TypeError: an optimiser that is not Pyro's.
@@ -67,6 +71,7 @@ class HelmholtzSVI:
         estimator: HelmholtzELBO,
         *,
         sleep_steps: int = 1,
+        average: bool = False,
     ) -> None:
         for name, program in (("model", model), ("guide", guide)):
             if not callable(program):
@@ -82,6 +87,7 @@ class HelmholtzSVI:
             raise ValueError(f"sleep_steps must be an int of at least 1, got {sleep_steps!r}.")
         self.model, self.guide, self.optim, self.estimator = model, guide, optim, estimator
         self.sleep_steps = sleep_steps
+        self._average = Average() if average else None
         self._joint_step = JointStep()
         self._buffers: dict[str, Tensor] = {}
         self._pending: dict[str, Any] | None = None
@@ -107,13 +113,20 @@ class HelmholtzSVI:
                 or with ``sleep_steps`` above 1 nothing since the last update that was finite.
         """
         self._resume(args, kwargs)
-        loss, leaves, directions = self._update(args, kwargs)
-        self._check_finite(loss, directions)
-        self._apply(leaves, directions)
-        self._after()
-        for _ in range(self.sleep_steps - 1):
-            self._sleep_step(args, kwargs)
+        with self._points():
+            loss, leaves, directions = self._update(args, kwargs)
+            self._check_finite(loss, directions)
+            self._apply(leaves, directions)
+            self._after()
+            for _ in range(self.sleep_steps - 1):
+                self._sleep_step(args, kwargs)
+            if self._average is not None:
+                self._average.take_in(leaves)
         return loss
+
+    def _points(self) -> AbstractContextManager:
+        """Have the parameters as updates leave them, not their means."""
+        return nullcontext() if self._average is None else self._average.points()
 
     def _update(
         self, args: tuple, kwargs: dict[str, Any]
@@ -137,10 +150,6 @@ class HelmholtzSVI:
         self._check_finite(0.0, direction)
         self._apply(leaves, direction)
 
-    def _rate(self) -> float:
-        """Factor of the optimiser's rate in this step."""
-        return 1.0
-
     def _check_finite(self, loss: float, direction: Mapping[str, Tensor]) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -160,16 +169,24 @@ class HelmholtzSVI:
 
         Through buffers that stay: fresh memory for every gradient is slow.
         """
-        rate = self._rate()
-        for name, leaf in leaves.items():
-            buffer = self._buffers.get(name)
-            kind = (leaf.shape, leaf.dtype, leaf.device)
-            if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != kind:
-                buffer = self._buffers[name] = torch.empty_like(leaf.detach())
-            leaf.grad = torch.mul(direction[name].reshape(leaf.shape), -rate, out=buffer)
+        buffers = [self._buffer(name, leaf) for name, leaf in leaves.items()]
+        moves = [direction[name].reshape(leaf.shape) for name, leaf in leaves.items()]
+        with torch.no_grad():
+            torch._foreach_copy_(buffers, moves)
+            torch._foreach_neg_(buffers)
+        for leaf, buffer in zip(leaves.values(), buffers, strict=True):
+            leaf.grad = buffer
         self._joint_step(self.optim, list(leaves.values()))
         for leaf in leaves.values():
             leaf.grad = None
+
+    def _buffer(self, name: str, leaf: Tensor) -> Tensor:
+        """The memory for a parameter's gradient."""
+        buffer = self._buffers.get(name)
+        kind = (leaf.shape, leaf.dtype, leaf.device)
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != kind:
+            buffer = self._buffers[name] = torch.empty_like(leaf.detach())
+        return buffer
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Minus the K-particle bound, on the host's scale; updates nothing."""
@@ -179,8 +196,9 @@ class HelmholtzSVI:
     def directions(self, *args: Any, **kwargs: Any) -> Directions:
         """The directions that a step would take on these data; updates nothing."""
         self._resume(args, kwargs)
-        done = self.estimator.run(self.programs, args, kwargs)
-        direction = gradient(done.surrogate, done.leaves())
+        with self._points():
+            done = self.estimator.run(self.programs, args, kwargs)
+            direction = gradient(done.surrogate, done.leaves())
         return Directions(direction, direction, None, float(done.loss))
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,6 +213,8 @@ class HelmholtzSVI:
             "random": torch.get_rng_state(),
             "max_plate_nesting": self.programs.max_plate_nesting,
         }
+        if self._average is not None:
+            state["average"] = self._average.state()
         if torch.cuda.is_available():
             state["random_cuda"] = torch.cuda.get_rng_state_all()
         return state
@@ -210,7 +230,12 @@ class HelmholtzSVI:
         """
         if not isinstance(state, dict) or "parameters" not in state:
             raise ValueError("load_state_dict needs what state_dict returned.")
+        if ("average" in state) != (self._average is not None):
+            saved = "with" if "average" in state else "without"
+            raise ValueError(f"the state was saved {saved} average=True; this object differs.")
         fill(state["parameters"], pyro.get_param_store()._params)
+        if self._average is not None:
+            self._average.load(state["average"], state["parameters"])
         self._pending = state
         self.programs.max_plate_nesting = state["max_plate_nesting"]
         self.optim.optim_objs.clear()
@@ -266,7 +291,7 @@ class WakeSleep(HelmholtzSVI):
     """Wake-sleep; see ``WakeSleep_ELBO``.
 
     Args:
-        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
+        model, guide, optim, sleep_steps, average: see ``HelmholtzSVI``.
         num_particles, sleep_scale, max_plate_nesting, dream_args: see ``WakeSleep_ELBO``.
     """
 
@@ -278,17 +303,18 @@ class WakeSleep(HelmholtzSVI):
         num_particles: int = 1,
         *,
         sleep_steps: int = 1,
+        average: bool = False,
         **options: Any,
     ) -> None:
         estimator = WakeSleep_ELBO(num_particles, **options)
-        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
+        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps, average=average)
 
 
 class RWS(HelmholtzSVI):
     """Reweighted wake-sleep; see ``RWS_ELBO``.
 
     Args:
-        model, guide, optim, sleep_steps: see ``HelmholtzSVI``.
+        model, guide, optim, sleep_steps, average: see ``HelmholtzSVI``.
         num_particles, sleep_weight, sleep_scale, baseline, max_plate_nesting, dream_args: see
             ``RWS_ELBO``.
     """
@@ -301,10 +327,11 @@ class RWS(HelmholtzSVI):
         num_particles: int = 10,
         *,
         sleep_steps: int = 1,
+        average: bool = False,
         **options: Any,
     ) -> None:
         estimator = RWS_ELBO(num_particles, **options)
-        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps)
+        super().__init__(model, guide, optim, estimator, sleep_steps=sleep_steps, average=average)
 
 
 __all__ = ["RWS", "Directions", "HelmholtzSVI", "Pass", "WakeSleep"]

@@ -31,6 +31,9 @@ ALONE = {
     # Torch hands the graph out. Here it is recorded from the equations that JAX traces.
     "numpyro_helmholtz/record.py": "records a program's equations",
     "numpyro_helmholtz/links.py": "what each primitive does to elements",
+    # What compiling takes, and what a compiled step computes in vain.
+    "numpyro_helmholtz/flat_keys.py": "keys whose draws compile fast",
+    "numpyro_helmholtz/later.py": "moves what follows products into a branch",
 }
 
 # Names in the `__all__` of one twin alone, and why.

@@ -276,7 +276,7 @@ fig.savefig(FIGURES / "02_learning.png", dpi=110)
 # Look at both panels. At its default rate of 0.05 plain RWS hardly leaves the ground. At a rate
 # twenty times as large it does well on these small images, and as its steps are cheaper, it is
 # hard to beat in seconds. But one has to find that rate, and it is another one for other networks.
-# NaturalRWS runs with its default optimiser, SGD with a rate that falls, in both runs.
+# NaturalRWS runs with its default optimiser: SGD of one rate, and averaged parameters.
 #
 # This is one seed on a small problem, and a standard error of a few tenths of a nat belongs to
 # every point. `benchmarks/learning.py` does the comparison with care, on other data too.

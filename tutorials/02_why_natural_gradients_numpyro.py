@@ -282,7 +282,7 @@ fig.savefig("figures/02_learning_numpyro.png", dpi=110)
 # Look at both panels. At its default rate of 0.05 plain RWS lags behind. At a rate twenty times as
 # large it keeps up with NaturalRWS on these small images, and its steps are cheaper. But one has
 # to find that rate, and it is another one for other networks. NaturalRWS runs with its default
-# optimiser, SGD with a rate that falls, in both runs.
+# optimiser: SGD of one rate, and averaged parameters.
 #
 # This is one seed on a small problem, and a standard error of a few tenths of a nat belongs to
 # every point. Steps of so small a network take about a millisecond, so the seconds depend on what

@@ -20,7 +20,7 @@ from jax import lax
 from ..columns import Columns
 from . import solvers
 from .eigenbasis import EigenBasis
-from .solvers import Solution
+from .solvers import Operator, Solution
 
 Array = Any
 Arrays = Mapping[str, Array]
@@ -119,33 +119,29 @@ class UnitBlock:
 
     def gather(self, arrays: Arrays) -> Array:
         """Parameters' arrays by name as (units, size)."""
+        # Transposed back and forth: XLA copies nothing where weights lie as (fan-in, units).
         rows = []
         for component in self.components:
-            parts = [
-                c.to_units(arrays[n])
-                for n, c in zip(component.names, component.columns, strict=True)
-            ]
-            row = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
-            rows.append(row if component.units is None else row[component.units])
-        return rows[0] if len(rows) == 1 else jnp.concatenate(rows, 1)
+            named = zip(component.names, component.columns, strict=True)
+            whole = _joined([column.to_units(arrays[name]).T for name, column in named])
+            rows.append(whole if component.units is None else whole[:, component.units])
+        return _joined(rows).T
 
     def scatter(self, x: Array) -> dict[str, Array]:
         """The inverse of ``gather``."""
         flat: dict[str, Array] = {}
         matrices: dict[str, Array] = {}
         columns: dict[str, Columns] = {}
-        for i, component in enumerate(self.components):
-            piece = x[:, i * self.fan_in : (i + 1) * self.fan_in]
-            start = 0
+        rows, start = x.T, 0
+        for component in self.components:
             for name, column in zip(component.names, component.columns, strict=True):
-                width = column.shape[1]
-                value = piece[:, start : start + width]
-                start += width
+                value = rows[start : start + column.shape[1]]
+                start += column.shape[1]
                 if component.units is None:
-                    flat[name] = column.to_leaf(value)
+                    flat[name] = column.to_leaf(value.T)
                     continue
                 known = matrices.get(name, jnp.zeros(column.shape, x.dtype))
-                matrices[name] = known.at[component.units].set(value)
+                matrices[name] = known.at[component.units].set(value.T)
                 columns[name] = column
         return flat | {name: columns[name].to_leaf(m) for name, m in matrices.items()}
 
@@ -153,7 +149,7 @@ class UnitBlock:
 
     def matvec(self, v: Array) -> Array:
         """``F v``, (units, size) → (units, size)."""
-        return _product(self.features, self.coefficients, v)
+        return _product(self.features, self.coefficients)(v)
 
     def diagonal(self) -> Array:
         """The diagonal of every block, (units, size)."""
@@ -262,7 +258,7 @@ class UnitBlock:
         basis, scales = self._basis_and_scales()
         turned = self.features @ basis.vectors
         solution = solvers.conjugate_gradients(
-            lambda v: _product(turned, self.coefficients, v),
+            _product(turned, self.coefficients),
             basis.to(g),
             damping,
             basis.scaled_inverse(scales, damping),
@@ -274,12 +270,21 @@ class UnitBlock:
 _ARRAYS = ("features", "coefficients", "basis", "scales")
 
 
-def _product(u: Array, q: Array, v: Array) -> Array:
-    """``Σ_n u_n Q_nj u_nᵀ v_j`` for all units."""
+def _joined(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _product(u: Array, q: Array) -> Operator:
+    """``v ↦ Σ_n u_n Q_nj u_nᵀ v_j`` for all units."""
     if q.ndim == 2:
-        return ((v @ u.T) * q.T) @ u
-    inner = v.reshape(q.shape[1], q.shape[2], -1) @ u.T
-    return (jnp.einsum("ngij,gjn->gin", q, inner) @ u).reshape(v.shape)
+        turned = q.T  # once, not in each iteration of a loop
+        return lambda v: ((v @ u.T) * turned) @ u
+
+    def product(v: Array) -> Array:
+        inner = v.reshape(q.shape[1], q.shape[2], -1) @ u.T
+        return (jnp.einsum("ngij,gjn->gin", q, inner) @ u).reshape(v.shape)
+
+    return product
 
 
 def mean_scale(scales: Array) -> Array:

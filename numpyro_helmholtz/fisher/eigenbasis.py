@@ -90,18 +90,19 @@ class EigenBasis:
             return (turn @ inside.reshape(turned.shape)).reshape(g.shape)
         low, high = self._band(scales.max(), damping, slack)
         middle = (self.values[low] + self.values[high - 1]) / 2
-        rest = 1 / (damping + scales[:, None] * middle)
+        rest = 1 / (damping + scales * middle)
         others = self.size - (high - low)
         width = max(SMALL // 2, -(-self.size // PARTS))
+        columns = g.T  # as a layer's weights mostly lie: nothing has to be turned
 
         def add(part: Array, x: Array) -> Array:
             place = part * width + jnp.arange(width)  # counted from the end of the band on
             which = (high + place) % self.size
             v = self.vectors[:, which]
-            change = 1 / (damping + scales[:, None] * self.values[which]) - rest
-            return x + ((g @ v) * jnp.where(place < others, change, 0)) @ v.T
+            change = 1 / (damping + scales * self.values[which][:, None]) - rest
+            return x + v @ ((v.T @ columns) * jnp.where((place < others)[:, None], change, 0))
 
-        return lax.fori_loop(0, -(-others // width), add, g * rest)
+        return lax.fori_loop(0, -(-others // width), add, columns * rest).T
 
     def _band(self, scale: Array, damping: Array, slack: float) -> tuple[Array, Array]:
         """First and last plus one of the most eigenvalues that may count as one.

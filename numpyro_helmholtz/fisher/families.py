@@ -59,7 +59,9 @@ def register_fisher(distribution: type) -> Callable[[R], R]:
 
 
 def _logistic_variance(logits: Array) -> Array:
-    return jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
+    """``σ(l) σ(-l)``, by one exponential that cannot overflow."""
+    e = jnp.exp(-jnp.abs(logits))
+    return e / jnp.square(1 + e)
 
 
 def _tiny(x: Array) -> float:

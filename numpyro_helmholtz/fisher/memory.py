@@ -10,7 +10,7 @@ What is kept is a pytree of fixed shapes (``Kept``); what it is kept by is stati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -170,11 +170,22 @@ class Memory:
             for block in blocks
         )
 
-    def fisher(self, kept: Kept, current: list[Block], damping: Array | float) -> Fisher:
-        """The matrix for a step whose own batch gave ``current``."""
+    def fisher(
+        self,
+        kept: Kept,
+        current: list[Block],
+        damping: Array | float,
+        again: Callable[[], list[Block]] | None = None,
+    ) -> Fisher:
+        """The matrix for a step whose own batch gave ``current``.
+
+        Args:
+            kept: so far. current: the batch's blocks. damping: α. again: computes the same
+                blocks inside a branch, where they are needed there alone.
+        """
         blocks = [self._recall(kept, block) for block in current]
         if self.form == "kronecker":
-            blocks = _with_statistics(blocks, kept)
+            blocks = _with_statistics(blocks, kept, again or (lambda: current))
         return Fisher(blocks, damping)
 
     def _recall(self, kept: Kept, block: Block) -> Block:
@@ -225,29 +236,35 @@ def _lagged(block: Block, held: dict[str, Any], first: Array) -> Block:
     return block.with_arrays({"features": u, "coefficients": jnp.concatenate(counts)})
 
 
-def _with_statistics(blocks: list[Block], kept: Kept) -> list[Block]:
+def _with_statistics(
+    blocks: list[Block], kept: Kept, again: Callable[[], list[Block]]
+) -> list[Block]:
     """Blocks with the eigenbases and scales that are kept.
 
     Before the first batch the basis is that of the features themselves: the Fisher matrix is
     diagonal in the features, by the batch's own means. An eigenbasis of it would be one more to
     compile, for one step.
     """
-    layers = {b.key: b for b in blocks if isinstance(b, UnitBlock) and b.key in kept.statistics}
+
+    def layers(blocks: list[Block]) -> dict[str, UnitBlock]:
+        return {b.key: b for b in blocks if isinstance(b, UnitBlock) and b.key in kept.statistics}
 
     def own(_: Spectra) -> Spectra:
-        scales = {key: block.unit_scales() for key, block in layers.items()}
+        fresh = layers(again())
+        scales = {key: block.unit_scales() for key, block in fresh.items()}
         return {
             key: (block.features_scale() / mean_scale(scales[key]), scales[key])
-            for key, block in layers.items()
+            for key, block in fresh.items()
         }
 
     known = {
-        key: (kept.statistics[key].basis.values, kept.statistics[key].scales) for key in layers
+        key: (kept.statistics[key].basis.values, kept.statistics[key].scales)
+        for key in layers(blocks)
     }
     spectra = lax.cond(kept.batches == 0, own, lambda known: known, known)
     result: list[Block] = []
     for block in blocks:
-        if isinstance(block, UnitBlock) and block.key in layers:
+        if isinstance(block, UnitBlock) and block.key in spectra:
             values, scales = spectra[block.key]
             basis = EigenBasis(values, kept.statistics[block.key].basis.vectors)
             block = replace(block, basis=basis, scales=scales)

@@ -16,7 +16,7 @@ from jax.scipy.linalg import cho_solve, cholesky
 Array = Any
 Operator = Callable[[Array], Array]
 CHOLESKY_SIZE = 8
-LARGE = 1 << 24  # from so many products on, rows of negligible weight are left out
+LARGE = 1 << 22  # from so many products on, rows of negligible weight are left out
 FEW = 4  # so many times fewer rows than features are solved over the rows
 
 
