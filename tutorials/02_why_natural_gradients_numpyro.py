@@ -289,8 +289,9 @@ fig.savefig("figures/02_learning_numpyro.png", dpi=110)
 # else the computer does.
 #
 # On MNIST, where steps are dear, it looks like this (784-200-100, four epochs, three seeds, one
-# core; `benchmarks/numpyro_learning.py`). Natural gradients lead per epoch at first. In seconds,
-# plain RWS at a rate found by trying is ahead, and Adam is behind both:
+# core; `benchmarks/numpyro_learning.py`). Natural gradients lead per epoch, and are ahead of plain
+# RWS at a rate found by trying in seconds too. With averaged parameters plain RWS comes level in
+# seconds. Adam is behind all three:
 #
 # ![Learning curves on MNIST](../docs/numpyro_learning.png)
 #

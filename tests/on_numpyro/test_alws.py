@@ -238,30 +238,38 @@ def softplus_gradient(b, x, noise):
     return jax.grad(total)(b)
 
 
-def test_softplus_gradients_point_along_the_true_ones():
-    estimator = ALWS_ELBO(2000, ridge=0.01)
+def softplus_cosine(estimator, b, noise, key):
+    """Between the estimate and the true gradient on data at b = (1, 1)."""
     programs = estimator.programs(softplus_model, no_guide)
     programs.max_plate_nesting = 1
+    first, second, third = random.split(key, 3)
+    z = random.normal(first, (100, 2))
+    x = jax.nn.softplus(z.sum(1)) - 2 + 0.1 * random.normal(second, (100,))
+    objective = lambda p: estimator.run(programs, third, p, (x, noise), {})[0]  # noqa: E731
+    found, truth = jax.grad(objective)({"b": b})["b"], softplus_gradient(b, x, noise)
+    return found @ truth / jnp.linalg.norm(found) / jnp.linalg.norm(truth)
 
-    def cosine(case):
-        b, noise, key = case
-        first, second, third = random.split(key, 3)
-        z = random.normal(first, (100, 2))
-        x = jax.nn.softplus(z.sum(1)) - 2 + 0.1 * random.normal(second, (100,))
-        objective = lambda p: estimator.run(programs, third, p, (x, noise), {})[0]  # noqa: E731
-        found, truth = jax.grad(objective)({"b": b})["b"], softplus_gradient(b, x, noise)
-        return found @ truth / jnp.linalg.norm(found) / jnp.linalg.norm(truth)
 
-    grid = [
-        (jnp.array([a, c]), noise)
-        for noise in (0.1, 0.5)
-        for a, c in itertools.product((0.6, 1.4), repeat=2)
-    ]
-    b, noise = jnp.stack([g[0] for g in grid]), jnp.array([g[1] for g in grid])
-    found = jax.jit(lambda c: lax.map(cosine, c))((b, noise, random.split(KEY, len(grid))))
-    # At b = (0.6, 0.6) with little noise the dreams do not reach the lower part of the data
-    # (coverage): the cosine there varies with the data between 0.8 and 0.95.
-    assert float(jnp.sort(found)[1]) > 0.95 and float(found[0]) > 0.7
+def test_softplus_gradients_point_along_the_true_ones():
+    estimator = ALWS_ELBO(2000, ridge=0.01)
+    grid = jnp.array(list(itertools.product((0.6, 1.4), (0.6, 1.4), (0.3, 1.0))))
+    cases = grid[:, :2], grid[:, 2], random.split(KEY, len(grid))
+    found = jax.jit(lambda c: lax.map(lambda case: softplus_cosine(estimator, *case), c))(cases)
+    assert float(found.min()) > 0.95
+
+
+@pytest.mark.parametrize("b", [(0.2, 0.2), (0.6, 0.6), (1.0, 1.0)])
+def test_softplus_gradients_with_little_noise(b):
+    """Few dreams are near a datum, so that many are needed; the log joint itself is regressed."""
+    draws = np.random.default_rng(0).normal(size=500) * np.linalg.norm(b)
+    draws = np.logaddexp(0, draws)
+    distances = np.abs(draws[:, None] - draws)[np.triu_indices(500, 1)]
+    kernel = nh.GaussianKernel(0.5 * float(np.median(distances)))
+    estimator = ALWS_ELBO(
+        20_000, gradient_model=nh.Nystrom(200, 0.01, kernel), exponential_family=False
+    )
+    cosine = jax.jit(lambda b: softplus_cosine(estimator, b, 0.1, KEY))(jnp.array(b))
+    assert float(cosine) > 0.95
 
 
 # a discrete model ------------------------------------------------------------------------------
