@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py --network mnist
     python benchmarks/step_time.py --network thesis --folder data/mnist --json step_time.json
-    python benchmarks/step_time.py --network 12288 --methods by-hand,unit --repetitions 3 --steps 1
+    python benchmarks/step_time.py --network 12288 --methods rws,kronecker --warm-up 2 --steps 1
 
 All contenders are timed in one run, in turn, block after block, with the threads pinned; the
 ratios are medians of the ratios within a repetition, so that a busy neighbour slows both sides.
