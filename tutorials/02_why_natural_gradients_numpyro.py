@@ -295,8 +295,8 @@ fig.savefig("figures/02_learning_numpyro.png", dpi=110)
 #
 # ![Learning curves on MNIST](../docs/numpyro_learning.png)
 #
-# On a deep network the natural gradient pays more. Here are twelve hidden layers, from 300 units down
-# to 10, and one epoch. One of the three seeds fell back by two nats at the end:
+# On a deep network the natural gradient pays more. Here are twelve hidden layers, from 300 units
+# down to 10, and one epoch. One of the three seeds fell back by two nats at the end:
 #
 # ![Learning curves on MNIST, twelve layers](../docs/numpyro_learning_twelve.png)
 #
