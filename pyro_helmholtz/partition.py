@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .evaluation import LogLikelihood, check_counts, check_width, in_batches, log_likelihood
-from .messengers import Dreaming
+from .messengers import Dreaming, record
 from .trace import Programs, Wake, only_subsamples, stochastic_sites
 
 __all__ = ["LogPartition", "bidirectional_log_likelihood", "log_partition"]
@@ -162,13 +162,9 @@ def _log_ratio(programs: Programs, args: tuple, kwargs: dict[str, Any]) -> Tenso
     _refuse_masks(dream.guide)
     held = only_subsamples(dream.model)
     with programs.particles(dream.layout.ndim - 1):
-        guide = poutine.trace(poutine.replay(programs.guide, trace=held)).get_trace(
-            *dream.args, **dream.kwargs
-        )
+        guide = record(programs.guide, dream.args, dream.kwargs, held)
         samples = _samples(dream.model, guide)
-        model = poutine.trace(poutine.replay(Dreaming()(programs.model), trace=samples)).get_trace(
-            *args, **kwargs
-        )
+        model = record(Dreaming()(programs.model), args, kwargs, samples)
     at_dream = Wake(dream.model, dream.guide, dream.layout, 1).log_weights[0]
     particles = Wake(model, guide, dream.layout, programs.num_particles).log_weights
     return (particles / 2).logsumexp(0) - math.log(len(particles)) - at_dream / 2

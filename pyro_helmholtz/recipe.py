@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 
 from .layout import Layout
-from .messengers import Detached, Dreaming
+from .messengers import Detached, Dreaming, record
 from .trace import Programs
 
 
@@ -53,10 +53,6 @@ class Recipe:
         fn = programs.model if self.program == "model" else programs.guide
         if self.dreamt:
             with Detached():
-                return poutine.trace(poutine.replay(Dreaming()(fn), trace=samples)).get_trace(
-                    *self.args, **self.kwargs
-                )
+                return record(Dreaming()(fn), self.args, self.kwargs, samples)
         with programs.particles(self.layout.ndim - 1):
-            return poutine.trace(poutine.replay(fn, trace=samples)).get_trace(
-                *self.args, **self.kwargs
-            )
+            return record(fn, self.args, self.kwargs, samples)

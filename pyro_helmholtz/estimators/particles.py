@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import PARTICLES, latents
 from ..gradient_models import ParticleSimulator
 from ..layout import Layout
-from ..messengers import Dreaming
+from ..messengers import Dreaming, record
 from ..trace import Dream, Programs, parameters
 from .sleep_set import log_joint, sleep_set
 
@@ -113,9 +113,7 @@ class Simulation:
             samples.add_node(name, **{**node, "value": value})
         fn = Dreaming()(self.programs.model) if dreaming else self.programs.model
         with pyro.plate(PARTICLES, self.simulator.num_particles, dim=-layout.ndim):
-            return poutine.trace(poutine.replay(fn, trace=samples)).get_trace(
-                *self.args, **self.kwargs
-            )
+            return record(fn, self.args, self.kwargs, samples)
 
 
 def rows_of_jacobian(
