@@ -37,32 +37,35 @@ class Average:
     def points(self) -> Iterator[None]:
         """Have the points in Pyro's store, and the means again afterwards, come what may."""
         leaves = pyro.get_param_store()._params
-        with torch.no_grad():
-            for name in list(self._means):
-                if name in leaves and _equal(leaves[name], self._means[name]):
-                    leaves[name].copy_(self._points[name])
-                else:
-                    self._forget(name)
+        for name in list(self._means):
+            if not (name in leaves and _equal(leaves[name], self._means[name])):
+                self._forget(name)
+        used = {name: leaves[name] for name in self._means}
+        _copy(used, self._points)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, mean in self._means.items():
-                    self._points[name].copy_(leaves[name])
-                    leaves[name].copy_(mean)
+            used = {name: leaves[name] for name in self._means}
+            _copy(self._points, used)
+            _copy(used, self._means)
 
     def _forget(self, name: str) -> None:
         del self._points[name], self._means[name], self._updates[name]
 
     def take_in(self, leaves: Mapping[str, Tensor]) -> None:
         """Take the parameters that an update has changed into the means."""
+        alike: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         for name, leaf in leaves.items():
             point = leaf.detach()
             if name not in self._means:
                 self._points[name], self._means[name] = point.clone(), point.clone()
                 self._updates[name] = 0
-            self._means[name].lerp_(point, WINDOW / (WINDOW + self._updates[name]))
+            means, points = alike.setdefault(self._updates[name], ([], []))
+            means.append(self._means[name])
+            points.append(point)
             self._updates[name] += 1
+        for updates, (means, points) in alike.items():
+            torch._foreach_lerp_(means, points, WINDOW / (WINDOW + updates))
 
     def state(self) -> dict[str, Any]:
         """What the next update depends on, beside the means, which are in Pyro's store."""
@@ -76,6 +79,13 @@ class Average:
         self._points = {name: point.clone() for name, point in state["points"].items()}
         self._means = {name: means[name].clone() for name in self._points}
         self._updates = dict(state["updates"])
+
+
+def _copy(to: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Copy tensors of the same names in one go."""
+    if to:
+        with torch.no_grad():
+            torch._foreach_copy_(list(to.values()), [source[name] for name in to])
 
 
 def _equal(leaf: Tensor, mean: Tensor) -> bool:

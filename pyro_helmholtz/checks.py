@@ -148,7 +148,7 @@ def _is_plainly_binary(fn: Any, value: torch.Tensor) -> bool:
         support = support.base_constraint
     if support is not constraints.boolean or value.dtype is torch.bool:
         return False
-    return torch.equal(value.square(), value) and float(value.max()) <= 1.0
+    return torch.equal((value != 0).to(value.dtype), value)
 
 
 @contextmanager

@@ -38,11 +38,12 @@ class JointStep:
         joint.param_groups[0].update(options, params=leaves)
         joint.state.clear()
         for leaf in leaves:
-            joint.state[leaf] = objects[leaf].state.get(leaf, {})
+            if known := objects[leaf].state.get(leaf):
+                joint.state[leaf] = known
         joint.step()
-        for leaf in leaves:
-            if joint.state[leaf]:
-                objects[leaf].state[leaf] = joint.state[leaf]
+        for leaf, state in joint.state.items():
+            if state:
+                objects[leaf].state[leaf] = state
 
 
 def _common_options(optim: PyroOptim, leaves: list[Tensor]) -> dict[str, Any] | None:

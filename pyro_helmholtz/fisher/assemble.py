@@ -83,21 +83,23 @@ def assemble(
         Blocks whose parameters are disjoint. Parameters that no information covers are in
         none: they keep their gradient, and the report says so.
     """
-    groups: list[_Group] = []
+    groups: dict[int, _Group] = {}
+    owner: dict[str, _Group] = {}  # of each parameter
     for s, source in enumerate(sources):
         roots: dict[tuple, Root] = {}
         for e, entry in enumerate(source.entries):
             found = find(entry, finder, roots)
             group = _Group([(s, e, found)], set(entry.names))
-            joined = [g for g in groups if g.names & group.names]
-            for other in joined:
-                groups.remove(other)
+            joined = {id(owner[name]): owner[name] for name in entry.names if name in owner}
+            for key, other in joined.items():
+                del groups[key]
                 group.found = other.found + group.found
                 group.names |= other.names
-            groups.append(group)
+            groups[id(group)] = group
+            owner |= dict.fromkeys(group.names, group)
     return [
         _block(group, sources, tensors, programs)
-        for group in groups
+        for group in groups.values()
         if all(found.entry.form != "none" for _, _, found in group.found)
     ]
 

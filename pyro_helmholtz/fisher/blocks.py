@@ -9,6 +9,7 @@ size d·l. ``matrix_free`` has the blocks that have no such form.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,7 +25,7 @@ from .solvers import Operator, Solution
 Tensors = Mapping[str, Tensor]
 KRONECKER_SLACK = 0.2
 PRECONDITIONER_SLACK = 0.2
-ROWS = 1.3  # up to so many rows for each input the space of the samples is the cheaper one
+ROWS = 1.5  # up to so many rows for each input the space of the samples is the cheaper one
 
 
 class Part:
@@ -96,6 +97,22 @@ class Component:
     columns: list[Columns]
     units: Tensor | None = None
 
+    def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """The columns of each parameter, from those of all side by side."""
+        return matrix.split_with_sizes([column.shape[1] for column in self.columns], 1)
+
+    def leaves(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The parameters in their own shapes, from the columns of all side by side."""
+        values = zip(self.names, self.columns, self.split(matrix), strict=True)
+        return {name: column.to_leaf(value) for name, column, value in values}
+
+    def pieces(self, tensors: Tensors) -> list[Tensor]:
+        """Parameters' tensors by name, each as (rows, columns)."""
+        return [
+            column.to_units(tensors[name])
+            for name, column in zip(self.names, self.columns, strict=True)
+        ]
+
 
 @dataclass
 class UnitBlock:
@@ -165,13 +182,9 @@ class UnitBlock:
         """Parameters' tensors by name as (units, size)."""
         rows = []
         for component in self.components:
-            parts = [
-                c.to_units(tensors[n])
-                for n, c in zip(component.names, component.columns, strict=True)
-            ]
-            row = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            row = joined(component.pieces(tensors), 1)
             rows.append(row if component.units is None else row[component.units])
-        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        return joined(rows, 1)
 
     def scatter(self, x: Tensor) -> dict[str, Tensor]:
         """The inverse of ``gather``."""
@@ -180,11 +193,11 @@ class UnitBlock:
         columns: dict[str, Columns] = {}
         for i, component in enumerate(self.components):
             piece = x if self.d == 1 else x[:, i * self.fan_in : (i + 1) * self.fan_in]
-            values = piece.split([column.shape[1] for column in component.columns], 1)
+            if component.units is None:
+                flat |= component.leaves(piece)
+                continue
+            values = component.split(piece)
             for name, column, value in zip(component.names, component.columns, values, strict=True):
-                if component.units is None:
-                    flat[name] = column.to_leaf(value)
-                    continue
                 if name not in matrices:
                     matrices[name] = torch.zeros(column.shape, dtype=x.dtype, device=x.device)
                     columns[name] = column
@@ -244,6 +257,18 @@ class UnitBlock:
             rows.append(part.times(weight.sqrt()))
         return joined(rows)
 
+    def solved_by(
+        self,
+        solver: str,
+        tolerance: float,
+        basis: EigenBasis | None = None,
+        scales: Tensor | None = None,
+    ) -> UnitBlock:
+        """The same block with another solver."""
+        block = copy(self)
+        block.solver, block.tolerance, block.basis, block.scales = solver, tolerance, basis, scales
+        return block
+
     def unit_scales(self) -> Tensor:
         """``s_j = Σ_n Q_nj``, (units,) or (units, d, d)."""
         sums = [part.coefficients.sum(0) for part in self.parts]
@@ -283,7 +308,7 @@ class UnitBlock:
         if self.solver == "diagonal":
             return Solution((1 + damping) * g / (damping + self.diagonal()))
         if self.solver == "kronecker":
-            return Solution(self._inverse(damping, KRONECKER_SLACK)(g).mul_(1 + damping))
+            return Solution(self._inverse(damping, KRONECKER_SLACK, 1 + damping)(g))
         if self.way() == "dense":
             return solvers.cholesky(self.dense(), g, damping)
         slack = self.tolerance * damping / (4 * len(self.parts))
@@ -295,15 +320,15 @@ class UnitBlock:
         inverse = self._inverse(damping, PRECONDITIONER_SLACK)
         return solvers.conjugate_gradients(fewer.matvec, g, damping, inverse, self.tolerance)
 
-    def _inverse(self, damping: float, slack: float) -> Operator:
-        """The Kronecker-like inverse from the shared eigenbasis."""
+    def _inverse(self, damping: float, slack: float, factor: float = 1.0) -> Operator:
+        """The Kronecker-like inverse from the shared eigenbasis, times a factor."""
         scales = self.unit_scales() if self.scales is None else self.scales
         basis = self.basis
         if basis is None:
             rows = self.root() / mean_scale(scales).sqrt()
             few = len(rows) < self.fan_in
             basis = EigenBasis.of_factor(rows) if few else EigenBasis.of(rows.t() @ rows)
-        return basis.inverse(scales, damping, slack)
+        return basis.inverse(scales, damping, slack, factor)
 
 
 def joined(pieces: list[Tensor], dim: int = 0) -> Tensor:

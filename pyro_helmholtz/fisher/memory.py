@@ -56,7 +56,7 @@ class Fisher:
                 shapes = block.leaf_shapes()
                 known = {**gradient, **{n: like.new_zeros(shapes[n]) for n in missing}}
             x = block.scatter(block.solve(block.gather(known), self.damping))
-            result |= {name: value for name, value in x.items() if name in gradient}
+            result |= {n: x[n] for n in x if n in gradient} if missing else x
         return result
 
 
@@ -135,7 +135,7 @@ class Memory:
         """
         kronecker = self.form == "kronecker"
         if kronecker and isinstance(block, UnitBlock):
-            block = replace(block, solver=self.form, tolerance=self.tolerance)
+            block = block.solved_by(self.form, self.tolerance)
             if self.samples == "same" or block.fan_in > eigenbasis.WIDE:
                 return block
             diagonal = block.root().square().sum(0) / mean_scale(block.unit_scales())
@@ -147,11 +147,9 @@ class Memory:
             return replace(block, tolerance=self.tolerance, _pieces=[])
         known = self.statistics.get(block.key)
         if known is None:
-            return replace(block, solver=self.form, tolerance=self.tolerance)
+            return block.solved_by(self.form, self.tolerance)
         scales = known.scales if self.form == "kronecker" else None
-        return replace(
-            block, solver=self.form, tolerance=self.tolerance, basis=known.basis, scales=scales
-        )
+        return block.solved_by(self.form, self.tolerance, known.basis, scales)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step needs, without graphs."""

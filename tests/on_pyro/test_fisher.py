@@ -734,12 +734,14 @@ def test_the_eigenbasis_is_computed_in_double_precision():
     assert (again - block.double()).abs().max() < 5e-7
 
 
-@pytest.mark.parametrize("rows", [1, 7, 30])
-def test_the_space_of_the_samples_gives_the_dense_solution(rows):
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 30, 60])
+def test_the_space_of_the_samples_gives_the_dense_solution(rows, mean):
     generator = torch.Generator().manual_seed(rows)
     u = torch.randn(rows, 40, generator=generator, dtype=torch.float64)
+    u = (u > -0.2).to(u) if mean else u
     q = torch.rand(rows, 5, generator=generator, dtype=torch.float64)
-    q[0] = 0.0
+    q[0], q[:, 1] = 0.0, 0.0
     g = torch.randn(5, 40, generator=generator, dtype=torch.float64)
     for damping in (0.01, 0.2, 100.0):
         dense = torch.einsum("nj,nk,nl->jkl", q, u, u)
@@ -749,6 +751,18 @@ def test_the_space_of_the_samples_gives_the_dense_solution(rows):
         loose = solvers.in_sample_space(u, q, g, damping, 1e-2)
         assert (loose.x - exact).norm() <= 1e-2 * exact.norm()
         assert loose.error <= 1e-2
+        nothing = solvers.in_sample_space(u, 0 * q, g, damping).x
+        assert torch.allclose(nothing, (1 + damping) / damping * g, rtol=1e-12)
+
+
+def test_a_mean_of_the_features_costs_no_iterations():
+    generator = torch.Generator().manual_seed(0)
+    u = torch.bernoulli(torch.full((320, 300), 0.5), generator=generator)
+    q = torch.rand(320, 8, generator=generator) / 1280
+    g = torch.randn(8, 300, generator=generator)
+    single = solvers.in_sample_space(u, q, g, 0.1).iterations
+    double = solvers.in_sample_space(u.double(), q.double(), g.double(), 0.1).iterations
+    assert single == double <= 5
 
 
 @pytest.mark.parametrize("coupled", [False, True])

@@ -95,6 +95,23 @@ def test_quick_draws_and_log_densities_of_bernoulli_sites():
     assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
 
 
+def test_the_same_log_density_to_the_bit_where_the_host_validates():
+    logits = torch.randn(7, 50)
+    for batch in ((7,), (3, 7)):
+        fn = dist.Bernoulli(logits=logits).to_event(1).expand(batch)
+        site = {"name": "b", "value": fn.sample(), "mask": None, "args": (), "kwargs": {}}
+        with pyro.validation_enabled(True):
+            checked = dist.Bernoulli(logits=logits).to_event(1).expand(batch)
+            first = site_log_prob({**site, "fn": checked})
+            with pytest.raises(ValueError, match="'b'"):
+                site_log_prob({**site, "fn": checked, "value": site["value"] + 0.5})
+        with pyro.validation_enabled(False):
+            later = site_log_prob(
+                {**site, "fn": dist.Bernoulli(logits=logits).to_event(1).expand(batch)}
+            )
+        assert torch.equal(first, later) and first.shape == batch
+
+
 def test_a_name_used_twice_and_a_replayed_parameter_are_refused():
     def twice():
         pyro.sample("a", dist.Normal(0.0, 1.0))
