@@ -758,11 +758,11 @@ def test_the_space_of_the_samples_gives_the_dense_solution(rows, mean):
 def test_a_mean_of_the_features_costs_no_iterations():
     generator = torch.Generator().manual_seed(0)
     u = torch.bernoulli(torch.full((320, 300), 0.5), generator=generator)
-    q = torch.rand(320, 8, generator=generator) / 1280
+    q = torch.rand(320, 8, generator=generator) / 100
     g = torch.randn(8, 300, generator=generator)
     single = solvers.in_sample_space(u, q, g, 0.1).iterations
     double = solvers.in_sample_space(u.double(), q.double(), g.double(), 0.1).iterations
-    assert single == double <= 5
+    assert single == double <= 10  # 15 and 12 by the diagonal alone
 
 
 @pytest.mark.parametrize("coupled", [False, True])
