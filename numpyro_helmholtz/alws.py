@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +67,8 @@ class ALWS(HelmholtzSVI):
         adapt_every: updates per adaptation.
         held_out: dreams, from the same run of the model, that the regression is not fitted to.
             None: 200 where something is adapted, else 0.
+        average: see ``HelmholtzSVI``. The dreams are those of the points, where the update is
+            taken, and so the regression adapts to them. It has no means itself.
 
     Raises:
         TypeError: an optimiser or a kernel of the wrong kind.
@@ -88,6 +91,7 @@ class ALWS(HelmholtzSVI):
         adapt: Any = None,
         adapt_every: int = 1,
         held_out: int | None = None,
+        average: bool = False,
         log_prior: Callable[[Params], Any] | None = None,
         condition: Callable[..., Any] | None = None,
         max_plate_nesting: float = math.inf,
@@ -114,7 +118,7 @@ class ALWS(HelmholtzSVI):
             estimator.held_out = DEFAULT_HELD_OUT
         if fits and estimator.held_out < 2:
             raise ValueError(f"adapt needs at least 2 held-out dreams, got held_out={held_out!r}.")
-        super().__init__(model, no_guide, optim, estimator)
+        super().__init__(model, no_guide, optim, estimator, average=average)
         self._first = jax.jit(self._first_regression)
         self._warned = False
 
@@ -160,15 +164,17 @@ class ALWS(HelmholtzSVI):
         """Dream and regress; the gradient is by site name."""
         run_key, own_key = random.split(random.split(state.rng_key)[1])
         params = self._optimiser.params(state.optim_state)
-        gamma = self._gamma(state.memory)
-
-        def objective(params: Params) -> tuple[Array, Pass]:
-            return self.estimator.run(
-                self.programs, run_key, params, args, kwargs, state.mutable_state, gamma=gamma
-            )
-
+        objective = partial(self._objective, state, run_key, args, kwargs)
         (_, done), gradient = jax.value_and_grad(objective, has_aux=True)(params)
         return replace(done, params=params, rng_key=own_key, step=state.step), gradient
+
+    def _objective(
+        self, state: HelmholtzState, rng_key: Array, args: tuple, kwargs: dict, params: Params
+    ) -> tuple[Array, Pass]:
+        gamma, mutable = self._gamma(state.memory), state.mutable_state
+        return self.estimator.run(
+            self.programs, rng_key, params, args, kwargs, mutable, gamma=gamma
+        )
 
     def _direction(self, done: Pass, gradient: Params, memory: Any) -> tuple[Params, Any]:
         assert isinstance(done, SleepPass) and done.report is not None
@@ -254,7 +260,8 @@ class ALWS(HelmholtzSVI):
 
     def _bound(self, state: HelmholtzState, arguments: Arguments) -> Array:
         args, kwargs = arguments.rebuilt()
-        done, _ = self._pass(state, args, kwargs)
+        run_key, _ = random.split(random.split(state.rng_key)[1])
+        _, done = self._objective(state, run_key, args, kwargs, self._read(state))
         assert done.loss is not None
         return done.loss
 

@@ -35,6 +35,7 @@ FORM = "kronecker"
 TOLERANCE = 1e-2
 LEARNING_RATE = 0.2
 REFRESH_ALL, REFRESH_EVERY = 300, 8  # steps
+MEAN_EVERY = 8  # steps from one mean block to the next, see ``statistics.renewed``
 
 
 class NaturalSVI(HelmholtzSVI):
@@ -104,7 +105,7 @@ class NaturalSVI(HelmholtzSVI):
         if not tolerance > 0:
             raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
         self.damping, self.refresh_every, self.kl_clip = damping, refresh_every, kl_clip
-        every = max(1, 4 // refresh_every)
+        every = max(1, MEAN_EVERY // refresh_every)
         self.memory = Memory(fisher, fisher_samples, tolerance=tolerance, mean_every=every)
         self._looked = jax.jit(self._look, static_argnames="made")
         self._made: dict[tuple, _Made] = {}

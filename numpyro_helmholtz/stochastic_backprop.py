@@ -65,7 +65,7 @@ class PosteriorOptimiser(Optimiser):
 
     def params(self, state: Any, program: str | None = None) -> Params:
         """Unconstrained values of the programs' parameters by site name."""
-        return {n: v for n, v in self.everything(state).items() if n != LOG_VARIANCE}
+        return _of_programs(self.everything(state))
 
     def everything(self, state: Any) -> Params:
         """Those, and the log-variances."""
@@ -87,6 +87,7 @@ class StochasticBackprop(HelmholtzSVI):
         parameter_variance: the posterior variances' start τ > 0. Their logarithms are trained.
         parameter_draws: "step" (all data and particles of a step share one draw of the
             parameters) or "particle" (each particle has its own).
+        average: see ``HelmholtzSVI``. The m and log τ of a posterior have means likewise.
 
     Raises:
         ValueError: an option out of its range.
@@ -103,10 +104,11 @@ class StochasticBackprop(HelmholtzSVI):
         parameter_posterior: float | None = None,
         parameter_variance: float = 1e-6,
         parameter_draws: str = "step",
+        average: bool = False,
         **options: Any,
     ) -> None:
         elbo = StochasticBackprop_ELBO(num_particles, estimator=estimator, **options)
-        super().__init__(model, guide, optim, elbo)
+        super().__init__(model, guide, optim, elbo, average=average)
         self._elbo = elbo
         _positive("parameter_posterior", parameter_posterior, optional=True)
         _positive("parameter_variance", parameter_variance)
@@ -233,7 +235,17 @@ class StochasticBackprop(HelmholtzSVI):
         loss = super()._bound(state, arguments)
         if self.parameter_posterior is None:
             return loss
-        return loss + self._divergence(self._optimiser.everything(state.optim_state))
+        return loss + self._divergence(self._read_everything(state))
+
+    def _read(self, state: HelmholtzState) -> Params:
+        read = super()._read(state)
+        return read if self.parameter_posterior is None else _of_programs(read)
+
+    def _read_everything(self, state: HelmholtzState) -> Params:
+        """As others see it, log-variances included: the means where there are any."""
+        if self.average:
+            return state.average.means
+        return self._optimiser.everything(state.optim_state)
 
     def posterior(self, state: HelmholtzState) -> dict[str, tuple[Array, Array]]:
         """Mean and variance of each of the model's parameters, unconstrained, by joined name.
@@ -246,7 +258,7 @@ class StochasticBackprop(HelmholtzSVI):
                 "there is no posterior over parameters: give parameter_posterior=κ, the prior "
                 "variance of the model's parameters."
             )
-        everything = self._optimiser.everything(state.optim_state)
+        everything = self._read_everything(state)
         names = parameters(everything[LOG_VARIANCE])
         return {
             name: (mean, jnp.exp(log_variance))
@@ -265,6 +277,11 @@ class StochasticBackprop(HelmholtzSVI):
         return found
 
 
+def _of_programs(everything: Params) -> Params:
+    """The programs' parameters, without the log-variances beside them."""
+    return {name: value for name, value in everything.items() if name != LOG_VARIANCE}
+
+
 def _pairs(everything: Params) -> list[tuple[Array, Array]]:
     """Means and log-variances of the model's parameters, leaf by leaf."""
     spread = everything[LOG_VARIANCE]
@@ -281,8 +298,7 @@ def _draw(rng_key: Array, everything: Params) -> Params:
         mean + jnp.exp(0.5 * log) * random.normal(key, mean.shape, mean.dtype)
         for mean, log, key in zip(means, logs, keys, strict=True)
     ]
-    others = {name: v for name, v in everything.items() if name != LOG_VARIANCE}
-    return {**others, **jax.tree.unflatten(structure, drawn)}
+    return {**_of_programs(everything), **jax.tree.unflatten(structure, drawn)}
 
 
 def _positive(name: str, value: Any, *, optional: bool = False) -> None:

@@ -165,7 +165,8 @@ class HelmholtzSVI:
         memory = self._fisher_init(fisher_key, params, args, kwargs, mutable)
         optim_state = self._optimiser.init(params, found.of_guide)
         zero = jnp.zeros((), jnp.int32)
-        average = Average.start(params) if self.average else ()
+        everything = self._optimiser.everything(optim_state)
+        average = Average.start(everything) if self.average else ()
         return HelmholtzState(
             optim_state, mutable, rng_key, memory, zero, zero, found.transforms, average
         )
@@ -196,7 +197,7 @@ class HelmholtzSVI:
             keys = random.split(random.fold_in(done.rng_key, 1), self.sleep_steps - 1)
             state, _ = lax.scan(partial(self._sleep_step, args=args, kwargs=kwargs), state, keys)
         if self.average:
-            points = self._optimiser.params(state.optim_state)
+            points = self._optimiser.everything(state.optim_state)
             state = state._replace(average=state.average.take_in(points))
         assert done.loss is not None
         return state, done.loss

@@ -44,6 +44,8 @@ class ALWS(HelmholtzSVI):
         adapt_every: updates per adaptation.
         held_out: dreams, from the same run of the model, that the regression is not fitted to.
             None: 200 where something is adapted, else 0.
+        average: see ``HelmholtzSVI``. The dreams are those of the points, where the update is
+            taken, and so the regression adapts to them. It has no means itself.
 
     Raises:
         TypeError: an optimiser or a kernel of the wrong kind.
@@ -66,6 +68,7 @@ class ALWS(HelmholtzSVI):
         adapt: Adapt | None = None,
         adapt_every: int = 1,
         held_out: int | None = None,
+        average: bool = False,
         log_prior: Callable[[dict[str, Tensor]], Tensor] | None = None,
         condition: Callable[..., Tensor] | None = None,
         max_plate_nesting: float = math.inf,
@@ -82,7 +85,7 @@ class ALWS(HelmholtzSVI):
             condition=condition,
             max_plate_nesting=max_plate_nesting,
         )
-        super().__init__(model, no_guide, optim, estimator)
+        super().__init__(model, no_guide, optim, estimator, average=average)
         trained = isinstance(estimator.regression, NetworkRegression | ParticleSimulator)
         self.adapt = _check_adapt(DEFAULT_ADAPT if adapt is None and trained else adapt)
         if not (isinstance(adapt_every, int) and adapt_every >= 1):
@@ -140,6 +143,8 @@ class ALWS(HelmholtzSVI):
         adapter = self._make_adapter(leaves)
         grads = torch.autograd.grad(error, leaves, allow_unused=True)
         if not all(g is None or bool(torch.isfinite(g).all()) for g in grads):
+            if self._average is not None:  # the base does not come to it
+                self._average.take_in(last.leaves())
             raise FloatingPointError(
                 "the gradient of the held-out error is not finite: the regression was not "
                 "adapted. The model's own update has been made."

@@ -50,6 +50,7 @@ class StochasticBackprop(HelmholtzSVI):
         parameter_variance: τ at the start, above 0.
         parameter_draws: "step" draws θ once for all data and particles of an update;
             "particle" once for each particle, which then run one after the other.
+        average: see ``HelmholtzSVI``. The m and log τ of a posterior have means likewise.
 
     Raises:
         TypeError: an optimiser that is not Pyro's.
@@ -69,6 +70,7 @@ class StochasticBackprop(HelmholtzSVI):
         parameter_posterior: float | None = None,
         parameter_variance: float = 1e-6,
         parameter_draws: str = "step",
+        average: bool = False,
         **options: Any,
     ) -> None:
         for name, value in (
@@ -83,7 +85,7 @@ class StochasticBackprop(HelmholtzSVI):
             )
         runs = num_particles if parameter_posterior and parameter_draws == "particle" else 1
         elbo = StochasticBackprop_ELBO(num_particles, estimator=estimator, **options)
-        super().__init__(model, guide, optim, elbo)
+        super().__init__(model, guide, optim, elbo, average=average)
         self.parameter_posterior, self.parameter_variance = parameter_posterior, parameter_variance
         self._runs, self._one = runs, elbo
         if runs > 1:  # each draw of the parameters has one particle
@@ -131,7 +133,8 @@ class StochasticBackprop(HelmholtzSVI):
         With a posterior they include those of ``log τ``, as "posterior_variance." and the name.
         """
         self._resume(args, kwargs)
-        loss, _, direction = self._update(args, kwargs)
+        with self._points():
+            loss, _, direction = self._update(args, kwargs)
         return Directions(direction, direction, None, loss)
 
     def _update(

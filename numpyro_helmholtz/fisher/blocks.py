@@ -206,7 +206,7 @@ class UnitBlock:
 
     def _few_rows(self, rows: int | None = None) -> bool:
         rows = self.rows if rows is None else rows
-        return self.d == 1 and solvers.FEW * rows <= self.fan_in
+        return self.d == 1 and rows < solvers.FEW * self.fan_in
 
     def solution(self, g: Array, damping: Array | float) -> Solution:
         """As ``solve``, with the number of iterations and the error."""
@@ -217,12 +217,16 @@ class UnitBlock:
             return Solution((1 + damping) * basis.inverse(g, scales, damping, KRONECKER_SLACK))
         if self.size <= solvers.CHOLESKY_SIZE:
             return solvers.direct(self.dense(), g, damping)
-        if self._few_rows():
-            return solvers.over_rows(self.features, self.coefficients, g, damping, self.tolerance)
         products = self.rows * self.fan_in * self.units
         if not self.weighted or self.d > 1 or products < solvers.LARGE:
-            return self._in_eigenbasis(g, damping)
+            return self._with_all_rows(g, damping)
         return self._without_idle_rows(g, damping)
+
+    def _with_all_rows(self, g: Array, damping: Array | float) -> Solution:
+        if self._few_rows():
+            u, q = self.features, self.coefficients
+            return solvers.in_sample_space(u, q, g, damping, self.tolerance)
+        return self._in_eigenbasis(g, damping)
 
     def _without_idle_rows(self, g: Array, damping: Array | float) -> Solution:
         """Leave out rows of negligible weight where most are such.
@@ -234,18 +238,18 @@ class UnitBlock:
         square = (self.features**2).sum(1)
         order = jnp.argsort(-self.coefficients.max(1) * square)
         place = jnp.zeros_like(order).at[order].set(jnp.arange(self.rows))
-        counts = [c for c in (self.rows // 4, self.rows // 2) if c < self.fan_in]
+        counts = [c for c in (self.rows // 4, self.rows // 2) if self._few_rows(c)]
         left = jnp.where(place >= np.array([[0], *([c] for c in counts)]), square, 0)
         left = left @ self.coefficients  # of all rows, then without the first so many
         idle = (left[1:] <= self.tolerance / 4 * (damping + left[0])).all(1)
 
         def over(count: int, g: Array) -> Solution:
             u, q = self.features[order[:count]], self.coefficients[order[:count]]
-            return solvers.over_rows(u, q, g, damping, self.tolerance)
+            return solvers.in_sample_space(u, q, g, damping, self.tolerance)
 
         which = (~idle).sum()
         branches = [partial(over, c) for c in counts]
-        return lax.switch(which, [*branches, lambda g: self._in_eigenbasis(g, damping)], g)
+        return lax.switch(which, [*branches, lambda g: self._with_all_rows(g, damping)], g)
 
     def _basis_and_scales(self) -> tuple[EigenBasis, Array]:
         scales = self.unit_scales() if self.scales is None else self.scales

@@ -16,8 +16,8 @@ from jax.scipy.linalg import cho_solve, cholesky
 Array = Any
 Operator = Callable[[Array], Array]
 CHOLESKY_SIZE = 8
-LARGE = 1 << 22  # from so many products on, rows of negligible weight are left out
-FEW = 4  # so many times fewer rows than features are solved over the rows
+LARGE = 1 << 21  # from so many products on, rows of negligible weight are left out
+FEW = 2  # rows are few below so many for each feature: a product is cheaper in their space
 
 
 class Solution(NamedTuple):
@@ -25,7 +25,8 @@ class Solution(NamedTuple):
 
     Attributes:
         x: (units, size). iterations: of conjugate gradients, 0 for a direct solve.
-        error: relative residual, in the preconditioner's norm.
+        error: relative residual, in the preconditioner's norm; in the space of the samples a
+            bound on the relative error of x.
     """
 
     x: Array
@@ -92,46 +93,82 @@ def conjugate_gradients(
     return Solution(x, done, error)
 
 
-def over_rows(u: Array, q: Array, g: Array, damping: Array, tolerance: float = 1e-2) -> Solution:
-    """Conjugate gradients in the space of the rows, for far fewer rows than features.
+def in_sample_space(
+    features: Array,
+    coefficients: Array,
+    g: Array,
+    damping: Array,
+    tolerance: float = 1e-2,
+    max_iterations: int = 100,
+) -> Solution:
+    """Solve in the space of the rows, which is the smaller one where they are few.
 
-    With ``V = Uᵀ√Q_j``: ``x = (1+α)/α (g − V y)``, ``(αI + VᵀV) y = Vᵀ g``. The residual of
-    ``x`` is ``V r/α`` for the residual ``r`` of ``y``, so the error of ``x`` in the norm of
-    αI + F is at most ``|V r| / α^(3/2)``, and that is what is stopped on.
+    With ``V_j = Uᵀ diag(√Q_j)`` the solution is ``x_j = (1+α)/α (g_j − V_j y_j)``, where
+    ``B_j y_j = V_jᵀ g_j`` and ``B_j = αI + V_jᵀV_j``. ``UUᵀ`` serves all units, so that a step
+    of conjugate gradients costs units·n² instead of units·n·fan-in. Idle rows do no harm.
 
     Args:
-        u: (n, l). q: (n, units), not negative. g: (units, l). damping: α > 0.
-        tolerance: bound on the relative error of all units together in the norm of αI + F.
+        features: U, (n, fan-in). coefficients: Q, (n, units), not negative. g: (units, fan-in).
+        damping: α > 0. tolerance: bound on ``‖x − x*‖ / ‖x‖`` over all units together.
+        max_iterations: at most so many products.
     """
-    root = jnp.sqrt(jnp.maximum(q, 0)).T
-    gram = u @ u.T
-    right = (g @ u.T) * root
+    tiny = jnp.finfo(g.dtype).tiny
+    root = jnp.sqrt(jnp.maximum(coefficients, 0)).T
+    gram = features @ features.T
+    b = (g @ features.T) * root
     square = (g * g).sum()
+    inverse, turned = _diagonal_and_one(root, gram, coefficients.sum(1), damping)
 
     def inner(a: Array, b: Array) -> Array:
         return (a * b).sum(-1, keepdims=True)
 
-    def apply(v: Array) -> Array:
-        return root * ((root * v) @ gram)
+    def lengths(r: Array) -> tuple[Array, Array]:
+        """``turnedᵀ r`` and ``rᵀz`` of the preconditioned residual z, without z."""
+        along = inner(turned, r)
+        return along, jnp.maximum(inner(r, r * inverse) - along**2, 0)
 
     def go_on(state: tuple) -> Array:
         *_, error, done = state
-        return (error > tolerance) & (done < 4 * len(u))
+        return (error > tolerance) & (done < max_iterations)
 
     def iterate(state: tuple) -> tuple:
-        y, r, p, image, rr, _, done = state
-        product = image + damping * p
-        step = rr / jnp.maximum(inner(p, product), tiny)
+        y, r, p, rz, _, done = state
+        product = root * ((root * p) @ gram) + damping * p
+        step = rz / jnp.maximum(inner(p, product), tiny)
         y, r = y + step * p, r - step * product
-        new = inner(r, r)
-        ratio = new / jnp.maximum(rr, tiny)
-        moved = apply(r)
-        size = jnp.maximum((square - (right * y).sum()) * damping**2, tiny)
-        error = jnp.sqrt(jnp.maximum((r * moved).sum(), 0) / size)
-        return y, r, r + ratio * p, moved + ratio * image, new, error, done + 1
+        along, new = lengths(r)
+        # ‖V B⁻¹ r‖ ≤ ‖r‖ / 2√α, and ‖g − V y‖² = ‖g‖² − yᵀ(b + r) − α‖y‖²
+        length = square - (y * (b + r + damping * y)).sum()
+        error = jnp.sqrt((r * r).sum() / (4 * damping * jnp.maximum(length, tiny)))
+        ratio = new / jnp.maximum(rz, tiny)
+        return y, r, r * inverse - turned * along + ratio * p, new, error, done + 1
 
-    tiny = jnp.finfo(g.dtype).tiny
-    start = (right * 0, right, right, apply(right), inner(right, right))
+    along, rz = lengths(b)
     one, zero = jnp.ones((), g.dtype), jnp.zeros((), int)
-    y, *_, error, done = lax.while_loop(go_on, iterate, (*start, one, zero))
-    return Solution((1 + damping) / damping * (g - (y * root) @ u), done, error)
+    start = (jnp.zeros_like(b), b, b * inverse - turned * along, rz, one, zero)
+    y, *_, error, done = lax.while_loop(go_on, iterate, start)
+    return Solution((1 + damping) / damping * (g - (y * root) @ features), done, error)
+
+
+def _diagonal_and_one(
+    root: Array, gram: Array, share: Array, damping: Array
+) -> tuple[Array, Array]:
+    """The inverse of ``diag + a aᵀ`` for each unit, near to ``αI + diag(√Q) G diag(√Q)``.
+
+    Features that have a mean, as all binary ones have, give G one eigenvalue far above the
+    others. Left to conjugate gradients, it comes back by rounding, larger by its ratio to the
+    others in each iteration, and costs iterations (in float32 from the third on).
+
+    Args:
+        root: √Q, (units, n). gram: G, (n, n). share: of the rows, (n,). damping: α > 0.
+
+    Returns:
+        ``inverse`` and ``turned``, (units, n), of ``r ↦ inverse r − turned turnedᵀ r``.
+    """
+    image = gram @ share
+    top = image * lax.rsqrt(jnp.maximum(image @ share, jnp.finfo(gram.dtype).tiny))
+    rest = jnp.maximum(jnp.diagonal(gram) - top * top, 0)  # G − top topᵀ is positive
+    inverse = 1 / (damping + root * root * rest)
+    one = root * top
+    turned = one * inverse
+    return inverse, turned * lax.rsqrt(1 + (one * turned).sum(-1, keepdims=True))

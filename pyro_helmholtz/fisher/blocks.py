@@ -328,7 +328,7 @@ class UnitBlock:
             rows = self.root() / mean_scale(scales).sqrt()
             few = len(rows) < self.fan_in
             basis = EigenBasis.of_factor(rows) if few else EigenBasis.of(rows.t() @ rows)
-        return basis.inverse(scales, damping, slack, factor)
+        return basis.inverse(scales / factor, damping / factor, slack)
 
 
 def joined(pieces: list[Tensor], dim: int = 0) -> Tensor:

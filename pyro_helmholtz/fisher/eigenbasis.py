@@ -68,10 +68,8 @@ class EigenBasis:
         values, order = diagonal.sort()
         return cls(values, torch.eye(len(values)).to(values)[:, order])
 
-    def inverse(
-        self, scales: Tensor, damping: float, slack: float, factor: float = 1.0
-    ) -> Operator:
-        """``factor · P_j⁻¹`` as a function of (units, d·size).
+    def inverse(self, scales: Tensor, damping: float, slack: float) -> Operator:
+        """``P_j⁻¹`` as a function of (units, d·size).
 
         Eigenvalues in a band that the damping hardly tells apart count as one: then the
         inverse is a multiple of the identity but for the others, and costs
@@ -79,24 +77,24 @@ class EigenBasis:
 
         Args:
             scales: (units,) or (units, d, d). damping: α > 0.
-            slack: largest relative change of ``1/(α + s λ)`` by the band. factor: any number.
+            slack: largest relative change of ``1/(α + s λ)`` by the band.
         """
         if scales.ndim == 3:
-            return self._coupled(scales, damping, slack, factor)
+            return self._coupled(scales, damping, slack)
         size, rank = self.vectors.shape
         if size == rank and rank <= SMALL:
-            return self._whole(scales, damping, factor)
+            return self._whole(scales, damping)
         band = self._outside(float(scales.max()), damping, slack)
         if band.vectors is None:
-            return self._whole(scales, damping, factor)
+            return self._whole(scales, damping)
         vectors = band.vectors
-        rest = factor / (damping + scales[:, None] * band.middle)
-        change = factor / torch.outer(scales, band.values).add_(damping) - rest
+        rest = 1 / (damping + scales[:, None] * band.middle)
+        change = torch.outer(scales, band.values).add_(damping).reciprocal_().sub_(rest)
         return lambda g: (g * rest).addmm_((g @ vectors).mul_(change), vectors.t())
 
-    def _whole(self, scales: Tensor, damping: float, factor: float) -> Operator:
+    def _whole(self, scales: Tensor, damping: float) -> Operator:
         """The inverse without a band, of full rank."""
-        inverse = factor / torch.outer(scales, self.values).add_(damping)
+        inverse = torch.outer(scales, self.values).add_(damping).reciprocal_()
         return lambda g: (g @ self.vectors).mul_(inverse) @ self.vectors.t()
 
     def _outside(self, scale: float, damping: float, slack: float) -> _Band:
@@ -138,11 +136,11 @@ class EigenBasis:
         low = int((ends - starts).argmax())
         return low, int(ends[low])
 
-    def _coupled(self, scales: Tensor, damping: float, slack: float, factor: float) -> Operator:
+    def _coupled(self, scales: Tensor, damping: float, slack: float) -> Operator:
         """Turn the components of each unit into their own eigenbasis, and treat them apart."""
         inner, turn = torch.linalg.eigh(scales)
         units, d = inner.shape
-        apart = self.inverse(inner.clamp(min=0).reshape(-1), damping, slack, factor)
+        apart = self.inverse(inner.clamp(min=0).reshape(-1), damping, slack)
 
         def apply(g: Tensor) -> Tensor:
             turned = turn.transpose(1, 2) @ g.reshape(units, d, -1)

@@ -58,7 +58,7 @@ def register_fisher(distribution: type) -> Callable[[R], R]:
 @register_fisher(torch.distributions.Bernoulli)
 def _bernoulli(d: Any) -> Information:
     if "logits" in argument_names(d):
-        p = d.logits.detach().copysign(-1.0).sigmoid_()  # ≤ ½, so that 1 − p keeps its digits
+        p = d.logits.detach().abs().neg_().sigmoid_()  # at most ½, so that 1 − p keeps its digits
         return {"logits": p.addcmul_(p, p, value=-1)}
     probs = d.probs.detach()
     tiny = torch.finfo(probs.dtype).tiny

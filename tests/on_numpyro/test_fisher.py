@@ -297,7 +297,7 @@ def test_conjugate_gradients_equal_a_dense_solve(name, monkeypatch):
 def test_solves_over_rows_equal_a_dense_solve(large, monkeypatch):
     """Wide layers: fewer rows than features, rows of no weight, the eigenbasis."""
     monkeypatch.setattr(solvers, "LARGE", large)
-    model, guide, x = program(logits, latents=12, batch=3)
+    model, guide, x = program(logits, latents=12, batch=4)
     svi = natural(model, guide, num_particles=8)
     found = check(svi, x)
     methods = {b.method() for b in found.fisher.blocks}
@@ -312,6 +312,44 @@ def test_solves_over_rows_equal_a_dense_solve(large, monkeypatch):
 
     found = check(natural(wide, guide, num_particles=1), y)
     assert any("over samples" in b.method() for b in found.fisher.blocks)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", [1, 7, 30, 60])
+def test_the_space_of_the_samples_gives_the_dense_solution(rows, dtype):
+    """Within the bound; features with a mean, rows and a unit of no weight, no weight at all."""
+    rng = np.random.default_rng(rows)
+    u = (rng.uniform(size=(rows, 40)) < 0.6) * 1.0
+    q, g = rng.uniform(size=(rows, 5)), rng.normal(size=(5, 40))
+    q[0], q[:, 1] = 0, 0
+    in_sample_space = jax.jit(solvers.in_sample_space, static_argnums=5)
+    for damping in (1e-2, 0.2, 100.0):
+        exact = np.linalg.solve(
+            damping * np.eye(40) + np.einsum("nj,nk,nl->jkl", q, u, u), (1 + damping) * g[..., None]
+        )[..., 0]
+        given = [jnp.asarray(x, dtype) for x in (u, q, g)]
+
+        def error(x, exact=exact):
+            return np.linalg.norm(x - exact) / np.linalg.norm(exact)
+
+        for tolerance in (1e-1, 1e-2, 1e-3):
+            found = in_sample_space(*given, damping, tolerance, 100)
+            assert error(found.x) <= found.error + 1e-5 <= tolerance + 1e-5
+        if dtype == np.float64:
+            assert error(in_sample_space(*given, damping, 1e-12, 500).x) < 1e-9
+        nothing = in_sample_space(given[0], 0 * given[1], given[2], damping, 1e-2, 100)
+        close(nothing.x, (1 + damping) / damping * given[2], 1e-6)
+
+
+def test_a_mean_of_the_features_costs_no_iterations():
+    rng = np.random.default_rng(0)
+    u = (rng.uniform(size=(320, 300)) < 0.5) * 1.0
+    q, g = rng.uniform(size=(320, 8)) / 1280, rng.normal(size=(8, 300))
+    found = []
+    for dtype in (np.float32, np.float64):
+        given = [jnp.asarray(x, dtype) for x in (u, q, g)]
+        found.append(int(solvers.in_sample_space(*given, 0.1).iterations))
+    assert found[0] == found[1] <= 5
 
 
 def test_idle_rows_are_left_out_within_the_tolerance(monkeypatch):
