@@ -12,7 +12,8 @@ from jax import lax
 from .blocks import Array, UnitBlock, mean_scale
 from .eigenbasis import EigenBasis
 
-WARM_UP = 16
+WARM_UP = 16  # batches that the mean blocks take in each
+INTERVAL = 32  # batches at least from one eigenbasis to the next
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["mean", "scales", "basis"], meta_fields=[])
@@ -78,7 +79,7 @@ def renewed(
         return {key: EigenBasis.of(means[key] / mean_scale(scales[key])) for key in old}
 
     found: dict[str, EigenBasis] = {}
-    intervals = {b.key: max(WARM_UP, b.fan_in * every // 16) for b in blocks}
+    intervals = {b.key: max(INTERVAL, b.fan_in * every // 16) for b in blocks}
     for interval in sorted(set(intervals.values())):
         group = {key: known[key].basis for key, own in intervals.items() if own == interval}
         found |= lax.cond(_due(count, interval), bases, lambda old: old, group)

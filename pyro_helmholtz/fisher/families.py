@@ -57,7 +57,7 @@ def register_fisher(distribution: type) -> Callable[[R], R]:
 
 @register_fisher(torch.distributions.Bernoulli)
 def _bernoulli(d: Any) -> Information:
-    if "logits" in argument_names(d):
+    if d.__dict__.get("logits") is d._param:
         p = d.logits.detach().abs().neg_().sigmoid_()  # at most ½, so that 1 − p keeps its digits
         return {"logits": p.addcmul_(p, p, value=-1)}
     probs = d.probs.detach()

@@ -11,6 +11,9 @@ from . import eigenbasis
 from .blocks import UnitBlock, mean_scale
 from .eigenbasis import EigenBasis, symmetric_eigenvectors
 
+WARM_UP = 16  # batches that the mean blocks take in each
+INTERVAL = 32  # batches at least from one eigenbasis to the next
+
 
 @dataclass
 class Statistics:
@@ -54,7 +57,7 @@ class Statistics:
         keep = min(decay, self.updates / (self.updates + 1))
         self.scales = self.scales.lerp(block.unit_scales(), 1 - keep)
         self.updates += 1
-        if self.updates <= 16:
+        if self.updates <= WARM_UP:
             self._take_in(block, keep)
         elif self.updates % self.every == 0:
             self._take_in(block, keep**self.every)
@@ -71,7 +74,7 @@ class Statistics:
 
     def _due(self) -> bool:
         """After 1, 2, 4, … batches, then every so often: the wider the layer, the rarer."""
-        interval = max(16, min(self.mean.shape) * self.every // 16)
+        interval = max(INTERVAL, min(self.mean.shape) * self.every // 16)
         if self.updates < interval:
             return self.updates & (self.updates - 1) == 0
         return self.updates % interval == 0
