@@ -81,7 +81,7 @@ def site_log_prob(site: Site) -> torch.Tensor:
     if "helmholtz_log_prob" not in site:
         fn, value = site["fn"], None
         quick = _has_quick_log_prob(fn, site["value"])
-        if not quick or fn._validate_args:
+        if not quick or bernoulli_under(fn)._validate_args:
             try:
                 value = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
             except ValueError as error:
@@ -166,7 +166,7 @@ def log_probs(trace: poutine.Trace, layout: Layout, *, observed: bool = True) ->
 
 
 def _log_sum_exp(value: torch.Tensor) -> torch.Tensor:
-    """``logsumexp`` over the first dimension, by a kernel a few times as fast on the CPU."""
+    """``logsumexp`` over the first dimension, by kernels that are quicker on the CPU."""
     top = value.amax(0)
     return torch.where(top.isfinite(), top - value.log_softmax(0).amax(0), top)
 

@@ -109,6 +109,9 @@ def test_the_same_log_density_to_the_bit_where_the_host_validates():
             later = site_log_prob(
                 {**site, "fn": dist.Bernoulli(logits=logits).to_event(1).expand(batch)}
             )
+            asked = dist.Bernoulli(logits=logits, validate_args=True).to_event(1).expand(batch)
+            with pytest.raises(ValueError, match="'b'"):
+                site_log_prob({**site, "fn": asked, "value": site["value"] + 0.5})
         assert torch.equal(first, later) and first.shape == batch
 
 
