@@ -26,6 +26,7 @@ LAYOUT = frozenset(
     "Select Split SplitWithSizes Unbind Clone Contiguous Alias ToCopy Index IndexSelect Flip "
     "Narrow Movedim Diagonal".split()
 )
+IN_ORDER = frozenset("View UnsafeView ReshapeAlias Reshape Expand Squeeze Unsqueeze".split())
 ELEMENTWISE = frozenset(
     "Exp Exp2 Expm1 Log Log1P Softplus Sigmoid LogSigmoid Tanh Neg Mul Div Pow Sqrt Rsqrt "
     "Reciprocal Relu LeakyRelu Elu Gelu Silu Clamp ClampMin ClampMax Add Sub Rsub Erf Sin Cos "
@@ -91,6 +92,12 @@ def children(node: Node, leaves: Mapping[int, str]) -> Iterator[tuple[int, Node,
         if leaf is None and len(node.next_functions) > 1 and not _depends(child, leaves):
             continue
         yield slot, child, nr
+
+
+def changes_nothing(node: Node, nr: int, child: tuple[int, Node, int]) -> bool:
+    """Whether a layout node passes its one input on as it is, elements and shape."""
+    _, below, below_nr = child
+    return kind(node) in IN_ORDER and shape_of(node, nr) == shape_of(below, below_nr)
 
 
 def _depends(node: Node, leaves: Mapping[int, str]) -> bool:

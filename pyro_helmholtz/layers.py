@@ -32,30 +32,37 @@ class Root:
 
     Attributes:
         node, nr: identity of the root. shape: of its value. terms: the primary one first.
-        plan: rows, units and columns.
+        chain: from the root to the primary term. plan: rows, units and columns.
+        names: the parameters, in the order of the columns. what: kind of the application, for
+            the report.
     """
 
     node: Any
     nr: int
     shape: torch.Size
     terms: list[Term]
+    chain: Chain
     plan: Plan
+    names: list[str]
+    what: str
 
     @property
     def key(self) -> tuple:
         """Identity of the root's node."""
         return (id(self.node), self.nr)
 
-    @property
-    def names(self) -> list[str]:
-        """The parameters, in the order of the columns."""
-        return [t.name for t in self.terms]
-
-    @property
-    def what(self) -> str:
-        """Kind of the application, for the report."""
-        names = list(dict.fromkeys(t.what for t in self.terms if not t.direct))
-        return " + ".join(names) if names else "direct"
+    def remap(self, f: Callable[[Any], Any]) -> Root:
+        """The same root over other nodes."""
+        return Root(
+            f(self.node),
+            self.nr,
+            self.shape,
+            [term.remap(f) for term in self.terms],
+            graph.remap(self.chain, f),
+            self.plan,
+            self.names,
+            self.what,
+        )
 
     def features(self) -> Tensor:
         """(rows, columns): the terms' features side by side, a one for a bias."""
@@ -76,7 +83,7 @@ class Root:
     def coefficient(self, value: Tensor) -> Tensor:
         """The coefficient in the root's shape as (rows, units)."""
         primary = self.terms[0]
-        pulled = graph.pull(primary.chain, value)
+        pulled = graph.pull(self.chain, value)
         if primary.direct:
             return pulled.reshape(1, -1)
         return primary.coefficient(pulled)
@@ -91,9 +98,7 @@ class Application:
 
     def remap(self, f: Callable[[Any], Any]) -> Application:
         """The same application over other nodes."""
-        root, terms = self.root, [term.remap(f) for term in self.root.terms]
-        moved = Root(f(root.node), root.nr, root.shape, terms, root.plan)
-        return Application(graph.remap(self.chain, f), moved)
+        return Application(graph.remap(self.chain, f), self.root.remap(f))
 
 
 def find(
@@ -121,7 +126,8 @@ def find(
         name = graph.kind(node)
         below = route.children(node, leaves)
         if name in graph.LAYOUT:
-            chain.append(_link(node, nr, below[0]))
+            if not graph.changes_nothing(node, nr, below[0]):
+                chain.append(_link(node, nr, below[0]))
         elif name in graph.ELEMENTWISE and len(below) == 1:
             chain.append(_link(node, nr, below[0], elementwise=True))
         elif vector and _at_head(chain) and graph.normalises(node) and name == "Sub":
@@ -142,7 +148,18 @@ def find(
         raise Opaque("a parameter enters one argument twice")
     terms.sort(key=lambda t: (t.direct, -t.out_shape().numel()))
     shape = graph.shape_of(node, nr)
-    return Application(tuple(chain), Root(node, nr, shape, terms, plans.make(terms, shape)))
+    kinds = dict.fromkeys(t.what for t in terms if not t.direct)
+    root = Root(
+        node,
+        nr,
+        shape,
+        terms,
+        terms[0].chain,
+        plans.make(terms, shape),
+        names=[t.name for t in terms],
+        what=" + ".join(kinds) if kinds else "direct",
+    )
+    return Application(tuple(chain), root)
 
 
 def _at_head(chain: list[Link]) -> bool:
@@ -202,7 +219,8 @@ class _Sum:
         """The terms below a node, each times the constant ``factor``."""
         leaf = graph.leaf_of(node)
         if leaf is not None:
-            yield Term(node, chain, (), leaf, self.leaves[id(leaf)], factor=factor)
+            own = self.leaves[id(leaf)]
+            yield Term(graph.kind(node), node, chain, (), leaf, own, factor=factor)
             return
         name = graph.kind(node)
         below = self.route.children(node, self.leaves)
@@ -246,7 +264,8 @@ class _Sum:
             if name in ("Mv", "Addmv") and slot != first:
                 raise Opaque("a parameter as the vector of a product")
             weight_chain, leaf = self._to_leaf(weight, weight_nr)
-            yield Term(node, chain, weight_chain, leaf, self.leaves[id(leaf)], slot - first, factor)
+            own = self.leaves[id(leaf)]
+            yield Term(name, node, chain, weight_chain, leaf, own, slot - first, factor)
         for child in below:
             if child[0] < first:
                 link = _plain(node, nr, child)
@@ -262,7 +281,8 @@ class _Sum:
                 raise Opaque("parameters before the last layer of the site")
             if slot == 1:
                 weight_chain, leaf = self._to_leaf(child, child_nr)
-                yield Term(node, chain, weight_chain, leaf, self.leaves[id(leaf)], 0, factor)
+                own = self.leaves[id(leaf)]
+                yield Term("Convolution", node, chain, weight_chain, leaf, own, 0, factor)
                 continue
             rest = [d for d in range(len(graph.shape_of(node))) if d != 1]
             shape = graph.shape_of(child, child_nr)

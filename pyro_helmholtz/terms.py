@@ -21,11 +21,12 @@ class Term:
     """One summand of a root.
 
     Attributes:
-        node: its autograd node. chain: from the root to the node's output.
+        kind: the operation. node: its autograd node. chain: from the root to the node's output.
         weight_chain: from the node's weight operand to the leaf. leaf, name: the parameter.
         side: which operand is the weight (0 or 1). factor: constant factor.
     """
 
+    kind: str
     node: Any
     chain: Chain
     weight_chain: Chain
@@ -35,20 +36,14 @@ class Term:
     factor: float = 1.0
 
     def remap(self, f: Callable[[Any], Any]) -> Term:
-        """The same term over other nodes, without the way to the leaf: the plan has it."""
-        chain = graph.remap(self.chain, f)
-        return Term(f(self.node), chain, (), self.leaf, self.name, self.side, self.factor)
-
-    @property
-    def kind(self) -> str:
-        """The operation."""
-        return graph.kind(self.node)
+        """The same term over other nodes, without the ways to and from it: the plan has them."""
+        node = f(self.node)
+        return Term(self.kind, node, (), (), self.leaf, self.name, self.side, self.factor)
 
     @property
     def direct(self) -> bool:
         """Whether the leaf itself is the summand."""
-        kind = self.kind
-        return kind not in MATMUL and kind != "Convolution"
+        return self.kind not in MATMUL and self.kind != "Convolution"
 
     @property
     def what(self) -> str:
