@@ -53,6 +53,7 @@ class ALWS(HelmholtzSVI):
     """
 
     estimator: ALWS_ELBO
+    state_keys = (*HelmholtzSVI.state_keys, "gradient_model", "adapter", "steps", "num_data")
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch.distributions import constraints
@@ -54,12 +55,40 @@ def _plates(site: Site) -> set[str]:
     return {f.name for f in site["cond_indep_stack"] if f.name != PARTICLES}
 
 
+def check_point_masses(trace: poutine.Trace, program: str) -> None:
+    """Refuse Delta sites that parameters move: no score reaches these parameters.
+
+    Raises:
+        ValueError: naming the site and the program it stands in.
+    """
+    nodes: dict[str, Site] = dict(trace.nodes)
+    for name, site in nodes.items():
+        if not is_stochastic(site):
+            continue
+        fn = site["fn"]
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        if isinstance(fn, dist.Delta) and fn.v.requires_grad:
+            raise ValueError(
+                f"site {name!r} of the {program} is a Delta whose value depends on parameters. "
+                "Samples are constants here, so these parameters would never change. Use "
+                "pyro.deterministic for a function of parameters, or StochasticBackprop."
+            )
+
+
 def check_against_model(model: poutine.Trace, guide: poutine.Trace) -> None:
-    """Refuse a guide whose latents, plates or supports are not the model's.
+    """Refuse a guide whose sites, plates or supports are not those of the model's latents.
 
     Raises:
         ValueError: naming the site.
     """
+    for name, site in dict(guide.nodes).items():
+        if is_stochastic(site) and site["is_observed"]:
+            what = "a pyro.factor" if isinstance(site["fn"], dist.Unit) else "observed"
+            raise ValueError(
+                f"site {name!r} of the guide is {what}: it would count neither in the weights nor "
+                "in the directions. The guide may sample the model's latents alone."
+            )
     in_model, in_guide = latents(model), latents(guide)
     for name in in_model:
         if name not in in_guide:
@@ -71,7 +100,12 @@ def check_against_model(model: poutine.Trace, guide: poutine.Trace) -> None:
         if name not in in_model:
             observed = name in model.nodes and model.nodes[name]["type"] == "sample"
             what = "is observed there" if observed else f"has {sorted(in_model)}"
-            raise ValueError(f"site {name!r} of the guide is no latent of the model, which {what}.")
+            hint = ""
+            if in_guide[name]["infer"].get("is_auxiliary"):
+                hint = " Auxiliary sites, as automatic guides have them, are not supported."
+            raise ValueError(
+                f"site {name!r} of the guide is no latent of the model, which {what}.{hint}"
+            )
     for name, site in in_guide.items():
         other = in_model[name]
         if _plates(site) != _plates(other):

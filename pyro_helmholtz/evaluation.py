@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .pairing import is_sequence, rebuilt
 from .trace import guess_max_plate_nesting, wake_trace
 
 __all__ = ["LogLikelihood", "log_likelihood"]
@@ -114,9 +116,9 @@ def log_likelihood(
         ``values``, ``ess`` and ``khat`` for each datum, and ``mean`` and ``stderr`` over the data.
 
     Raises:
-        ValueError: if a count is below 1, if ``power`` is not positive, if there are no data, if
-            a log-weight is NaN or ``+inf``, if no particle of a datum has a positive weight, or
-            if ``batch`` is given and the weights do not separate by datum.
+        ValueError: if a count is no int of at least 1, if ``power`` is not positive, if there are
+            no data, if a log-weight is NaN or ``+inf``, if no particle of a datum has a positive
+            weight, or if ``batch`` is given and the weights do not separate by datum.
     """
     check_counts(num_particles=num_particles, particles_at_once=particles_at_once)
     if not power > 0:
@@ -145,9 +147,11 @@ def log_likelihood(
     return LogLikelihood(values=values / power, ess=ess, num_particles=num_particles, tail=tail)
 
 
-def check_counts(**counts: int) -> None:
-    """Refuse a count below 1, naming it."""
+def check_counts(**counts: Any) -> None:
+    """Refuse what is no number or below 1, naming it."""
     for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise ValueError(f"{name} must be an int, got {count!r}")
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
 
@@ -262,6 +266,6 @@ def _slice(tree: Any, n_data: int, index: slice) -> Any:
         return tree[index] if tree.dim() and len(tree) == n_data else tree
     if isinstance(tree, dict):
         return {key: _slice(item, n_data, index) for key, item in tree.items()}
-    if type(tree) in (tuple, list):
-        return type(tree)(_slice(item, n_data, index) for item in tree)
+    if is_sequence(tree):
+        return rebuilt(tree, (_slice(item, n_data, index) for item in tree))
     return tree

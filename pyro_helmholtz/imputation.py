@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .checks import check_against_model, check_observations
 from .messengers import Dreaming
-from .pairing import pair_dreams
+from .pairing import is_sequence, pair_dreams
+from .trace import in_data_type
 
 __all__ = ["impute"]
 
@@ -127,7 +128,12 @@ class _DreamingOf(Dreaming):
 
 
 def _find_site(model: Callable, x: Tensor, args: tuple, kwargs: dict) -> tuple[str, Tensor]:
-    """The site that observes x, and a draw of it from the model."""
+    """The site that observes x, and a draw of it from the model.
+
+    Raises:
+        ValueError: none, more than one, or one that draws another shape, or fractions where x
+            has integers.
+    """
     dreaming = Dreaming()
     with dreaming, pyro.validation_enabled(False):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
@@ -138,10 +144,17 @@ def _find_site(model: Callable, x: Tensor, args: tuple, kwargs: dict) -> tuple[s
         raise ValueError(
             f"{what}: imputation needs exactly one site that observes the argument itself (obs=x)."
         )
-    value: Any = trace.nodes[sites[0]]["value"]
+    site: Any = trace.nodes[sites[0]]
+    value = site["value"]
     if value.shape != x.shape:
         raise ValueError(
             f"site {sites[0]!r} draws shape {tuple(value.shape)} but x has {tuple(x.shape)}."
+        )
+    dtype = in_data_type(site, x).dtype
+    if dtype != x.dtype:
+        raise ValueError(
+            f"site {sites[0]!r} draws {dtype} but x is {x.dtype}, which would cut off fractions. "
+            "Give x as floating-point numbers."
         )
     return sites[0], value.to(x.dtype)
 
@@ -172,6 +185,6 @@ def _mean_type(x: Tensor) -> torch.dtype:
 def _contains(tree: Any, x: Tensor) -> bool:
     if isinstance(tree, Mapping):
         return any(_contains(item, x) for item in tree.values())
-    if type(tree) in (list, tuple):
+    if is_sequence(tree):
         return any(_contains(item, x) for item in tree)
     return tree is x

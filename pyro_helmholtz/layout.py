@@ -21,7 +21,8 @@ class Layout:
         shared: dimension of each vectorised plate that all sites share.
         sequential: names of the sequential plates that all sites share.
         ndim: number of batch dimensions, particles included.
-        num_data: sum of the data's scales (the divisor of every direction).
+        num_data: sum of the data's scales (the divisor of every direction). Plates that share no
+            site with data, such as one of global latents, do not count.
         common_scale: the scale that the bound of a datum carries.
     """
 
@@ -38,8 +39,9 @@ class Layout:
             {f.name: f for f in site["cond_indep_stack"] if f.name != PARTICLES} for site in sites
         ]
         names = set.intersection(*map(set, stacks)) if stacks else set()
-        plated = [set(stack) for stack in stacks if stack]
-        data_plates = set.intersection(*plated) if plated else set()
+        seen = set().union(*(stack for stack, s in zip(stacks, sites, strict=True) if _is_data(s)))
+        with_data = [set(stack) for stack in stacks if seen.intersection(stack)]
+        data_plates = set.intersection(*with_data) if with_data else set()
         frames = {name: frame for stack in stacks for name, frame in stack.items()}
         shared = tuple(sorted(frames[n].dim for n in names if frames[n].vectorized))
         sequential = tuple(sorted(n for n in names if not frames[n].vectorized))
@@ -69,6 +71,11 @@ class Layout:
         keep = {self.ndim + dim for dim in self.shared} | {0}
         drop = [d for d in range(self.ndim) if d not in keep]
         return value.sum(drop, keepdim=True) if drop else value
+
+
+def _is_data(site: Site) -> bool:
+    """Whether a site is observed, or dreamt in place of what is observed."""
+    return site["is_observed"] or "helmholtz_dream" in site
 
 
 def _all_equal(scales: list[Any]) -> bool:

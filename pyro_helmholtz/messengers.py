@@ -120,6 +120,7 @@ class Dreaming(Messenger):
                 "an observed sample site."
             )
         self.observed[msg["name"]] = msg["value"]
+        msg["helmholtz_dream"] = True
         msg["is_observed"] = False
         msg["value"] = None
         msg["done"] = False

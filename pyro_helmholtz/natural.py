@@ -24,7 +24,7 @@ from .fisher.evidence import entries
 from .fisher.memory import Fisher, Memory
 from .layout import Layout
 from .recipe import Recipe
-from .svi import Directions, HelmholtzSVI, gradient, sgd
+from .svi import Directions, HelmholtzSVI, check_gradients, gradient, sgd
 
 Schedule = float | Callable[[int], float]
 DAMPING = 0.1
@@ -61,6 +61,8 @@ class NaturalSVI(HelmholtzSVI):
     Raises:
         ValueError: an option out of its range.
     """
+
+    state_keys = (*HelmholtzSVI.state_keys, "fisher", "steps")
 
     def __init__(
         self,
@@ -187,6 +189,7 @@ class NaturalSVI(HelmholtzSVI):
         The Fisher matrix is that of the next step: from earlier minibatches where there are
         any, else from this one. Updates nothing.
         """
+        check_gradients()
         self._resume(args, kwargs)
         with self._points():
             done = self.estimator.run(self.programs, args, kwargs)
@@ -199,6 +202,7 @@ class NaturalSVI(HelmholtzSVI):
 
     def structure(self, *args: Any, **kwargs: Any) -> Structure:
         """Every parameter, the site that it feeds, its block and its solver; print it."""
+        check_gradients()
         self._resume(args, kwargs)
         done = self.estimator.run(self.programs, args, kwargs)
         leaves = done.leaves()

@@ -1,9 +1,9 @@
 """Pair dreams with the guide's arguments.
 
 In the sleep phase the guide sees what the model dreamt. A dream replaces the argument that
-*is* the observed value (the same object, also inside lists, tuples and dictionaries). For
-anything else the user gives ``dream_args``; a guide with ``observations=`` gets a dictionary
-of the dreams by site, beside the arguments that identity found.
+*is* the observed value (the same object, also inside lists, tuples, named tuples and
+dictionaries). For anything else the user gives ``dream_args``; a guide with ``observations=``
+gets a dictionary of the dreams by site, beside the arguments that identity found.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def pair_dreams(
     """The guide's arguments with every observed value replaced by its dream.
 
     Args:
-        observed: value of each observed site. dreams: what the model drew instead.
+        observed: value of each observed site. dreams: what the model drew instead, of
+            the data's types.
         args: the call's arguments. kwargs: its keyword arguments. guide: the program.
         dream_args: the user's own pairing, which takes precedence.
 
@@ -93,7 +94,6 @@ def pair_dreams(
     Raises:
         ValueError: an observed value that is no argument, naming the site.
     """
-    dreams = {name: _like(dream, observed[name]) for name, dream in dreams.items()}
     if dream_args is not None:
         result = dream_args(dreams, *args, **kwargs)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
@@ -147,18 +147,26 @@ def _replaced(item: Any, dreams: Mapping[int, tuple[str, torch.Tensor]], found: 
         return dream
     if isinstance(item, Mapping):
         return {key: _replaced(value, dreams, found) for key, value in item.items()}
-    if type(item) in (list, tuple):
-        return type(item)(_replaced(value, dreams, found) for value in item)
+    if is_sequence(item):
+        return rebuilt(item, (_replaced(value, dreams, found) for value in item))
     return item
+
+
+def is_sequence(item: Any) -> bool:
+    """Whether an argument is a list, a tuple or a named tuple, whose items are looked at."""
+    return type(item) in (list, tuple) or hasattr(item, "_fields")
+
+
+def rebuilt(item: Any, values: Iterable[Any]) -> Any:
+    """A list, tuple or named tuple of the same kind with other values."""
+    return getattr(item, "_make", type(item))(values)
 
 
 def _parameter_names(program: Callable) -> list[str]:
     """Names of a program's parameters; of a plain function without the host's long way."""
+    if isinstance(program, torch.nn.Module):  # its __call__ takes anything
+        program = program.forward
     if not isinstance(program, FunctionType) or vars(program):  # perhaps a wrapper
         return list(inspect.signature(program).parameters)
     code = program.__code__
     return list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-
-
-def _like(dream: torch.Tensor, observed: Any) -> torch.Tensor:
-    return dream.to(observed.dtype) if torch.is_tensor(observed) else dream

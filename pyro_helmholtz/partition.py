@@ -105,8 +105,8 @@ def log_partition(
         ``value`` and its ``stderr`` from all dreams, ``values`` and ``stderrs`` for each datum.
 
     Raises:
-        ValueError: a count below 1, no data, a model that cannot dream, a masked site, or
-            ``batch`` where the data do not separate.
+        ValueError: a count that is no int of at least 1, no data, a model that cannot dream, a
+            masked site, or ``batch`` where the data do not separate.
     """
     check_counts(num_dreams=num_dreams, num_particles=num_particles)
     starts, take = in_batches(args, kwargs, batch)

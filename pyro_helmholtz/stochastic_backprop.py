@@ -197,8 +197,10 @@ class StochasticBackprop(HelmholtzSVI):
         Raises:
             ValueError: a model without parameters, or one that shares some with the guide.
         """
-        if self._random:
+        known = pyro.get_param_store()._params
+        if self._random and all(n in known and VARIANCE + n in known for n in self._random):
             return
+        self._random = []  # none yet, or the store was cleared
         with torch.no_grad():
             wake = self.programs.wake(args, kwargs)
         if not parameters(wake.model):

@@ -63,6 +63,8 @@ class HelmholtzSVI:
         ValueError: an option out of its range.
     """
 
+    state_keys: tuple[str, ...] = ("parameters", "optimiser", "random", "max_plate_nesting")
+
     def __init__(
         self,
         model: Callable,
@@ -112,9 +114,12 @@ class HelmholtzSVI:
             FloatingPointError: a loss or direction that is not finite; nothing has changed,
                 or with ``sleep_steps`` above 1 nothing since the last update that was finite.
         """
+        check_gradients()
         self._resume(args, kwargs)
         with self._points():
             loss, leaves, directions = self._update(args, kwargs)
+            if not leaves:
+                raise ValueError("neither the model nor the guide has parameters to train.")
             self._check_finite(loss, directions)
             self._apply(leaves, directions)
             self._after()
@@ -185,16 +190,25 @@ class HelmholtzSVI:
         buffer = self._buffers.get(name)
         kind = (leaf.shape, leaf.dtype, leaf.device)
         if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != kind:
+            if not bool(torch.isfinite(leaf).all()):
+                raise ValueError(
+                    f"parameter {name!r} is not finite in its unconstrained space: its value lies "
+                    "outside its constraint or on its edge. No parameter was changed."
+                )
             buffer = self._buffers[name] = torch.empty_like(leaf.detach())
         return buffer
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """Minus the K-particle bound, on the host's scale; updates nothing."""
+        """Minus the K-particle bound, on the host's scale; updates no parameter.
+
+        Modules in training mode update their buffers as in any run.
+        """
         self._resume(args, kwargs)
         return self.estimator.loss(self.model, self.guide, *args, **kwargs)
 
     def directions(self, *args: Any, **kwargs: Any) -> Directions:
         """The directions that a step would take on these data; updates nothing."""
+        check_gradients()
         self._resume(args, kwargs)
         with self._points():
             done = self.estimator.run(self.programs, args, kwargs)
@@ -202,7 +216,11 @@ class HelmholtzSVI:
         return Directions(direction, direction, None, float(done.loss))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on: parameters, optimiser, random state."""
+        """Everything that the next step depends on: parameters, optimiser, random state.
+
+        Buffers of modules, such as running means, are not included. Files of it are loaded by
+        ``torch.load(..., weights_only=False)``.
+        """
         if self._pending is not None:
             return self._pending
         store = pyro.get_param_store()
@@ -230,6 +248,11 @@ class HelmholtzSVI:
         """
         if not isinstance(state, dict) or "parameters" not in state:
             raise ValueError("load_state_dict needs what state_dict returned.")
+        if missing := [key for key in self.state_keys if key not in state]:
+            raise ValueError(
+                f"the state lacks {missing[0]!r}, which {type(self).__name__} needs: it was saved "
+                "by another front end."
+            )
         if ("average" in state) != (self._average is not None):
             saved = "with" if "average" in state else "without"
             raise ValueError(f"the state was saved {saved} average=True; this object differs.")
@@ -262,6 +285,18 @@ class HelmholtzSVI:
 def sgd(**options: Any) -> PyroOptim:
     """Pyro's SGD, which ``pyro.optim`` defines only when it is imported."""
     return pyro.optim.SGD(options)  # type: ignore[attr-defined]
+
+
+def check_gradients() -> None:
+    """Refuse to look for directions where torch takes no gradients.
+
+    Raises:
+        ValueError: inside ``torch.no_grad`` or ``torch.inference_mode``.
+    """
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "directions need gradients, which torch.no_grad or torch.inference_mode turns off here."
+        )
 
 
 def fill(saved: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:

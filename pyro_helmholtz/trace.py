@@ -28,6 +28,7 @@ from .checks import (
     check_against_model,
     check_log_prob_shape,
     check_observations,
+    check_point_masses,
     check_sites,
     is_stochastic,
 )
@@ -84,8 +85,8 @@ def site_log_prob(site: Site) -> torch.Tensor:
         if not quick or bernoulli_under(fn)._validate_args:
             try:
                 value = fn.log_prob(site["value"], *site["args"], **site["kwargs"])
-            except ValueError as error:
-                raise ValueError(f"site {site['name']!r}: {error}") from error
+            except (ValueError, RuntimeError) as error:
+                raise type(error)(f"site {site['name']!r}: {error}") from error
         if quick:  # where the host has validated too: the same number in every step
             value = _quick_log_prob(fn, site["value"])
         if site["mask"] is not None:
@@ -313,6 +314,9 @@ class Programs:
             model_trace = record(self.model, args, kwargs, guide_trace)
         check_sites(model_trace, "model")
         check_against_model(model_trace, guide_trace)
+        if sampling is None and torch.is_grad_enabled():
+            check_point_masses(model_trace, "model")
+            check_point_masses(guide_trace, "guide")
         check_observations(model_trace)
         sites = [site for _, site in stochastic_sites(model_trace)]
         layout = Layout.of(sites, nesting)
@@ -345,9 +349,8 @@ class Programs:
             with torch.set_grad_enabled(with_grad), Detached(), dreaming:
                 model_trace = record(self.model, args, kwargs, known)
             check_sites(model_trace, "model")
-            dreams: dict[str, Any] = {
-                name: model_trace.nodes[name]["value"] for name in dreaming.observed
-            }
+            drawn: dict[str, Any] = dict(model_trace.nodes)
+            dreams = {n: in_data_type(drawn[n], x) for n, x in dreaming.observed.items()}
             args, kwargs, unread = pair_dreams(
                 dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
             )
@@ -358,6 +361,19 @@ class Programs:
         sites = [site for _, site in stochastic_sites(model_trace)]
         self.validated.add("dream")
         return Dream(model_trace, guide_trace, args, kwargs, Layout.of(sites, nesting))
+
+
+def in_data_type(site: Site, observed: Any) -> torch.Tensor:
+    """A dream in the type of its data: the host draws counts as floats, data may be integers.
+
+    A dream that can be a fraction stays one: data of integers may have a continuous distribution.
+    """
+    value: torch.Tensor = site["value"]
+    if not torch.is_tensor(observed) or value.dtype == observed.dtype:
+        return value
+    if not (site["fn"].support.is_discrete or observed.is_floating_point()):
+        return value
+    return value.to(observed.dtype)
 
 
 def only_subsamples(trace: poutine.Trace) -> poutine.Trace:

@@ -44,7 +44,7 @@ class Source:
 
 @dataclass(slots=True)
 class _Group:
-    found: list[tuple[int, int, Found]] = field(default_factory=list)
+    found: list[tuple[int, Found]] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
 
 
@@ -87,9 +87,9 @@ def assemble(
     owner: dict[str, _Group] = {}  # of each parameter
     for s, source in enumerate(sources):
         roots: dict[tuple, Root] = {}
-        for e, entry in enumerate(source.entries):
+        for entry in source.entries:
             found = find(entry, finder, roots)
-            group = _Group([(s, e, found)], set(entry.names))
+            group = _Group([(s, found)], set(entry.names))
             joined = {id(owner[name]): owner[name] for name in entry.names if name in owner}
             for key, other in joined.items():
                 del groups[key]
@@ -100,14 +100,14 @@ def assemble(
     return [
         _block(group, sources, tensors, programs)
         for group in groups.values()
-        if all(found.entry.form != "none" for _, _, found in group.found)
+        if all(found.entry.form != "none" for _, found in group.found)
     ]
 
 
 def _block(
     group: _Group, sources: list[Source], tensors: Mapping[str, Tensor], programs: Programs
 ) -> Block:
-    reason = next((f.reason for _, _, f in group.found if f.reason), "")
+    reason = next((f.reason for _, f in group.found if f.reason), "")
     if not reason:
         try:
             return _unit_block(group)
@@ -117,7 +117,7 @@ def _block(
 
 
 def _summary(group: _Group) -> tuple[list[str], bool, str]:
-    entries = [f.entry for _, _, f in group.found]
+    entries = [f.entry for _, f in group.found]
     sites = list(dict.fromkeys(e.site for e in entries))
     inexact = [e for e in entries if not e.exact]
     how = inexact[0].how if inexact else entries[0].how
@@ -125,7 +125,7 @@ def _summary(group: _Group) -> tuple[list[str], bool, str]:
 
 
 def _unit_block(group: _Group) -> UnitBlock:
-    forms = {f.entry.form for _, _, f in group.found}
+    forms = {f.entry.form for _, f in group.found}
     if forms == {"scalar"}:
         components, parts, kind = _scalar_parts(group)
     elif len(forms) == 1:
@@ -140,7 +140,7 @@ def _scalar_parts(group: _Group) -> tuple[list[Component], list[Part], str]:
     """Rows of all roots one below the other; arguments over one root add up."""
     roots: dict[int, Root] = {}
     coefficients: dict[int, Tensor] = {}
-    for _, _, found in group.found:
+    for _, found in group.found:
         application = found.applications[0]
         value = graph.pull(application.chain, found.entry.information)
         key = id(application.root)
@@ -150,9 +150,7 @@ def _scalar_parts(group: _Group) -> tuple[list[Component], list[Part], str]:
     for root in others:
         if root.names != first.names or not _same_columns(root, first):
             raise Opaque("parameters are shared between unlike layers")
-    parts = [
-        Part(root.pieces(), root.coefficient(coefficients[key])) for key, root in roots.items()
-    ]
+    parts = [_part(root, root.coefficient(coefficients[key])) for key, root in roots.items()]
     kind = first.what if len(roots) == 1 else f"{first.what}, shared by {len(roots)}"
     return [Component(first.names, first.plan.columns)], parts, kind
 
@@ -170,7 +168,7 @@ def _vector_parts(group: _Group) -> tuple[list[Component], list[Part], str]:
     """Units that are vectors: one group of rows of the parameters for each."""
     if len(group.found) > 1:
         raise Opaque("coupled arguments share parameters with another site")
-    found = group.found[0][2]
+    found = group.found[0][1]
     entry = found.entry
     pieces = _components(found)
     first_root = pieces[0][0]
@@ -198,8 +196,13 @@ def _vector_parts(group: _Group) -> tuple[list[Component], list[Part], str]:
     taken = torch.cat([groups[:, i] for i in range(d)])
     if first_root is pieces[-1][0] and taken.unique().numel() != taken.numel():
         raise Opaque("a unit serves two coupled arguments")
-    part = Part(first_root.pieces(), coefficients)
-    return components, [part], first_root.what
+    return components, [_part(first_root, coefficients)], first_root.what
+
+
+def _part(root: Root, coefficients: Tensor) -> Part:
+    """In the parameters' type: a program may go on in another after the layer."""
+    pieces = root.pieces()
+    return Part(pieces, coefficients.to(pieces[0].dtype))
 
 
 def _same_features(one: Root, other: Root) -> bool:
@@ -235,9 +238,6 @@ def _matrix_free(
 ) -> MatrixFreeBlock:
     sites, exact, how = _summary(group)
     names = sorted(group.names)
-    used: dict[int, list[int]] = {}
-    for s, e, _ in group.found:
-        used.setdefault(s, []).append(e)
-    recipes = [(sources[s].recipe, which) for s, which in used.items()]
+    recipes = [sources[s].recipe for s in dict.fromkeys(s for s, _ in group.found)]
     shapes = [tensors[name].shape for name in names]
     return MatrixFreeBlock(sites, names, shapes, recipes, programs, exact, how, reason)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from torch import Tensor
 
 from ..finder import Finder, Use
@@ -71,15 +72,18 @@ def entries(
     program = "model" if observed else "guide"
     known: dict[tuple, Tensor] = {}
     for name, site in stochastic_sites(trace):
-        if site["is_observed"] and not observed:
-            continue
+        if (site["is_observed"] and not observed) or isinstance(site["fn"], Unit):
+            continue  # a factor is no draw: it has no information
         base = unwrap(site["fn"])
         names = argument_names(base.fn)
         uses = {n: finder.use((program, name, n), getattr(base.fn, n)) for n in names}
         if not any(use.names for use in uses.values()) and constant_transforms(base.transforms):
             continue
         weight = None if weights is None else weights[layout.key(site)]
-        info, exact, how = information(base.fn)
+        try:
+            info, exact, how = information(base.fn, names)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"site {name!r} of the {program}: {error}") from error
         covered: set[str] = set()
         element = None
         if names:

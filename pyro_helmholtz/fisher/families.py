@@ -16,6 +16,7 @@ exact; failing that, by Monte-Carlo scores, and the structure report says so.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import constraints, kl_divergence
 from torch.distributions.transforms import ComposeTransform, Transform
 
 Information = dict[str | tuple[str, ...], Tensor]
@@ -185,21 +186,30 @@ def unwrap(fn: Any) -> Base:
             return Base(fn, transforms, masks)
 
 
-def information(fn: Any) -> tuple[Information, bool, str]:
+def information(fn: Any, names: list[str] | None = None) -> tuple[Information, bool, str]:
     """The Fisher information of an unwrapped distribution.
+
+    Args:
+        fn: the distribution. names: its ``argument_names``, where they are known already.
 
     Returns:
         The information, whether it is exact, and how it was found.
+
+    Raises:
+        NotImplementedError: there is no rule for it, and it cannot be made again from its
+            arguments.
     """
+    names = argument_names(fn) if names is None else names
     for cls in type(fn).__mro__:
-        if cls in _RULES:
-            return _RULES[cls](fn), True, "closed form"
-    names = argument_names(fn)
+        if cls in _RULES and (found := _RULES[cls](fn)):
+            keys = {name for key in found for name in ([key] if isinstance(key, str) else key)}
+            if keys <= set(names):  # a subclass may have arguments of its own
+                return found, True, "closed form"
     if not names:
         return {}, True, "no arguments"
     try:
         return _from_kl(fn, names), True, "second derivative of the KL divergence"
-    except (NotImplementedError, TypeError, RuntimeError):
+    except (NotImplementedError, TypeError, ValueError, RuntimeError):
         return _from_scores(fn, names), False, f"Monte-Carlo scores ({SCORE_SAMPLES} samples)"
 
 
@@ -222,20 +232,29 @@ def argument_names(fn: Any) -> list[str]:
     return names
 
 
-def _fresh(fn: Any, names: list[str]) -> tuple[Any, list[Tensor]]:
-    values = [getattr(fn, name).detach().clone().requires_grad_() for name in names]
-    others = {
-        name: fn.__dict__[name]
-        for name in getattr(fn, "arg_constraints", {})
-        if name in fn.__dict__ and name not in names
-    }
-    with torch.enable_grad():
-        return type(fn)(**dict(zip(names, values, strict=True)), **others), values
+def _fresh(fn: Any, values: dict[str, Tensor]) -> Any:
+    """The distribution with other values of its arguments.
+
+    Raises:
+        NotImplementedError: its constructor does not take them again.
+    """
+    taken = inspect.signature(type(fn).__init__).parameters
+    either = {"probs", "logits"} if values.keys() & {"probs", "logits"} else set()
+    skipped = values.keys() | either | {"self", "validate_args"}
+    others = {n: getattr(fn, n) for n in taken if n not in skipped and hasattr(fn, n)}
+    try:
+        return type(fn)(**values, **others)
+    except (TypeError, ValueError) as error:
+        raise NotImplementedError(
+            f"{type(fn).__name__} has no registered Fisher information, and it cannot be made "
+            f"again from its arguments {list(values)} ({error}). Give one by @register_fisher."
+        ) from error
 
 
 def _check_elementwise(fn: Any, names: list[str]) -> None:
     for name in names:
-        event = fn.arg_constraints[name].event_dim
+        constraint = fn.arg_constraints[name]
+        event = 0 if constraint is constraints.dependent else constraint.event_dim
         if event > 1 or (event == 1 and len(names) > 1):
             raise NotImplementedError(
                 f"{type(fn).__name__} has no registered Fisher information: its argument "
@@ -254,8 +273,10 @@ def _as_information(names: list[str], matrix: Tensor, vector: bool) -> Informati
 
 def _from_kl(fn: Any, names: list[str]) -> Information:
     _check_elementwise(fn, names)
-    other, values = _fresh(fn, names)
-    frozen = type(fn)(**{name: getattr(fn, name).detach() for name in names})
+    values = [getattr(fn, name).detach().clone().requires_grad_() for name in names]
+    with torch.enable_grad():
+        other = _fresh(fn, dict(zip(names, values, strict=True)))
+    frozen = _fresh(fn, {name: getattr(fn, name).detach() for name in names})
     vector = fn.arg_constraints[names[0]].event_dim == 1
     with torch.enable_grad():
         divergence = kl_divergence(frozen, other).sum()
@@ -268,6 +289,8 @@ def _from_kl(fn: Any, names: list[str]) -> Information:
             )
             rows.append(second[0] if vector else torch.stack(torch.broadcast_tensors(*second), -1))
     matrix = torch.stack(rows, -2).detach()
+    if bool((matrix.diagonal(dim1=-2, dim2=-1) < 0).any()):
+        raise NotImplementedError("the support moves with the arguments: this is no information")
     return _as_information(names, matrix, vector)
 
 
@@ -282,7 +305,7 @@ def _from_scores(fn: Any, names: list[str]) -> Information:
     }
     values = [v.clone().requires_grad_() for v in expanded.values()]
     with torch.enable_grad():
-        wide = type(fn)(**dict(zip(names, values, strict=True)))
+        wide = _fresh(fn, dict(zip(names, values, strict=True)))
         scores = torch.autograd.grad(wide.log_prob(samples).sum(), values)
     score = scores[0] if vector else torch.stack(torch.broadcast_tensors(*scores), -1)
     matrix = torch.einsum("s...i,s...j->...ij", score, score) / SCORE_SAMPLES

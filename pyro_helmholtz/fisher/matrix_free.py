@@ -38,15 +38,15 @@ class MatrixFreeBlock:
 
     Attributes:
         sites: what they feed. names: the parameters. shapes: of their leaves.
-        recipes: how to run the programs again on the block's samples, and which entries of
-            each count. programs: what the recipes run.
+        recipes: how to run the programs again on the block's samples. Of their entries those
+            count that one of the parameters enters. programs: what the recipes run.
         reason: why the block is not one per unit. share: factor of the sum over batches.
     """
 
     sites: list[str]
     names: list[str]
     shapes: list[torch.Size]
-    recipes: list[tuple[Recipe, list[int]]]
+    recipes: list[Recipe]
     programs: Programs | None
     exact: bool = True
     how: str = "closed form"
@@ -107,15 +107,14 @@ class MatrixFreeBlock:
         parts = x[0].split([s.numel() for s in self.shapes])
         return {n: p.reshape(s) for n, p, s in zip(self.names, parts, self.shapes, strict=True)}
 
-    def _pieces_of(self, recipe: Recipe, which: list[int]) -> Pieces:
+    def _pieces_of(self, recipe: Recipe) -> Pieces:
         assert self.programs is not None
         trace = recipe.run(self.programs)
         tensors = parameters(trace)
         finder = Finder({id(leaf): name for name, leaf in tensors.items()})
-        found = list(
-            entries(trace, recipe.weights, recipe.layout, finder, observed=recipe.observed)
-        )
-        chosen = [found[e] for e in which]
+        found = entries(trace, recipe.weights, recipe.layout, finder, observed=recipe.observed)
+        own = set(self.names)
+        chosen = [entry for entry in found if not own.isdisjoint(entry.names)]
         return Pieces(
             [entry.arguments for entry in chosen],
             [entry.form for entry in chosen],
@@ -132,9 +131,9 @@ class MatrixFreeBlock:
     def _prepared(self) -> list[tuple[Pieces, list[Tensor], list[Tensor]]]:
         """Graphs with their dummy cotangents and the gradient that is linear in them."""
         if not self._pieces:
-            for recipe, which in self.recipes:
+            for recipe in self.recipes:
                 with torch.enable_grad():
-                    pieces = self._pieces_of(recipe, which)
+                    pieces = self._pieces_of(recipe)
                     outputs = [o for group in pieces.outputs for o in group]
                     dummies = [torch.zeros_like(o, requires_grad=True) for o in outputs]
                     linear = torch.autograd.grad(

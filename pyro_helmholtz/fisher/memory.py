@@ -44,6 +44,9 @@ class Fisher:
 
         Parameters that have no gradient here, as the model's in an extra sleep step, count as
         zero in a block that they share, and are left out of the result.
+
+        Raises:
+            FloatingPointError: a block that is not positive definite, by site and parameters.
         """
         result = dict(gradient)
         for block in self.blocks:
@@ -55,7 +58,13 @@ class Fisher:
                 like = next(gradient[name] for name in block.params if name in gradient)
                 shapes = block.leaf_shapes()
                 known = {**gradient, **{n: like.new_zeros(shapes[n]) for n in missing}}
-            x = block.scatter(block.solve(block.gather(known), self.damping))
+            try:
+                x = block.scatter(block.solve(block.gather(known), self.damping))
+            except FloatingPointError as error:
+                what = f"site {block.site!r}, parameters {', '.join(block.params)}"
+                raise FloatingPointError(f"{what}: {error}") from error
+            if isinstance(block, MatrixFreeBlock):
+                block.release()  # the parameters may move before the next solve
             result |= {n: x[n] for n in x if n in gradient} if missing else x
         return result
 

@@ -1,11 +1,14 @@
 """Bad input: an error that names the site, and no parameter changes."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 
-from pyro_helmholtz import RWS, NaturalRWS, WakeSleep
+from pyro_helmholtz import ALWS, RWS, NaturalRWS, WakeSleep
 
 from .programs import snapshot
 
@@ -312,3 +315,127 @@ def test_load_state_dict_refuses_another_shape():
     fresh.load_state_dict(state)  # no parameter exists yet, so the next step finds out
     with pytest.raises(ValueError, match="parameter 'theta' has shape"):
         fresh.step(X)
+
+
+@pytest.mark.parametrize("front", [*FRONT_ENDS, WakeSleep])
+def test_a_factor_or_an_observed_site_in_the_guide(front):
+    def factor(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=phi() * (2 * x - 1)).to_event(1))
+            pyro.factor("bonus", phi().sum() * x[:, 0], has_rsample=False)
+
+    def observed(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=phi() * (2 * x - 1)).to_event(1))
+            pyro.sample("y", dist.Bernoulli(logits=phi()[0]), obs=x[:, 0])
+
+    refuses(front, model, factor, X, "site 'bonus' of the guide is a pyro.factor")
+    refuses(front, model, observed, X, "site 'y' of the guide is observed")
+
+
+def test_auxiliary_sites_of_an_automatic_guide():
+    def normal(x):
+        theta()
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x[:, 0])
+
+    refuses(RWS, normal, AutoNormal(normal), X, "'mean_unconstrained' .* Auxiliary sites")
+
+
+@pytest.mark.parametrize("front", [*FRONT_ENDS, WakeSleep])
+def test_a_point_mass_at_a_parameter(front):
+    """No score reaches the parameters of a Delta: they would stay where they are in silence."""
+
+    def normal(x, point=False):
+        mean = pyro.sample("mean", dist.Normal(theta()[0], 1.0))
+        if point:
+            pyro.sample("copy", dist.Delta(theta()[1]), obs=torch.tensor(-0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x[:, 0])
+
+    def delta(x):
+        pyro.sample("mean", dist.Delta(phi()[0]))
+
+    def wide(x):
+        pyro.sample("mean", dist.Normal(phi()[0], 1.0))
+
+    refuses(front, normal, delta, X, "site 'mean' of the guide is a Delta")
+    refuses(front, lambda x: normal(x, point=True), wide, X, "site 'copy' of the model is a Delta")
+    constant = front(normal, lambda x: pyro.sample("mean", dist.Delta(x.mean())))
+    assert math.isfinite(constant.evaluate_loss(X))
+
+
+@both
+def test_data_of_a_type_that_the_distribution_does_not_take(front):
+    def floating(x):
+        guide(x.float())
+
+    refuses(front, model, floating, X.long(), "site 'x': .* Long", RuntimeError)
+
+
+@pytest.mark.parametrize(("one", "other", "key"), [(RWS, NaturalRWS, "fisher"), (RWS, ALWS, "gr")])
+def test_a_state_of_another_front_end_changes_nothing(one, other, key):
+    svi = one(model, guide)
+    svi.step(X)
+    state = svi.state_dict()
+    svi.step(X)
+    before = snapshot()
+    fresh = other(model) if other is ALWS else other(model, guide, average=False)
+    with pytest.raises(ValueError, match=f"lacks '{key}.*another front end"):
+        fresh.load_state_dict(state)
+    assert all(torch.equal(before[name], value) for name, value in snapshot().items())
+
+
+@both
+def test_programs_without_parameters(front):
+    def fixed(x, obs=None):
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            if obs is not None:
+                pyro.sample("x", dist.Bernoulli(logits=h).to_event(1), obs=obs)
+
+    with pytest.raises(ValueError, match="parameters to train"):
+        front(lambda x: fixed(x, x), fixed).step(X)
+
+
+@both
+def test_a_parameter_on_the_edge_of_its_constraint(front):
+    """No gradient moves it, and its mean over the updates would be NaN."""
+
+    def edge(x):
+        scale = pyro.param("scale", torch.zeros(2), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            logits = theta() * (2 * h - 1) + scale
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    refuses(front, edge, guide, X, "parameter 'scale' is not finite in its unconstrained space")
+
+
+@both
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_steps_where_torch_takes_no_gradients(front, mode):
+    svi = front(model, guide)
+    svi.step(X)
+    before = snapshot()
+    for method in (svi.step, svi.directions):
+        with mode(), pytest.raises(ValueError, match="need gradients"):
+            method(X)
+    with mode():
+        assert math.isfinite(svi.evaluate_loss(X))
+    assert all(torch.equal(before[name], value) for name, value in snapshot().items())
+
+
+def test_a_block_that_has_no_inverse_is_named():
+    """The slope of |h|^0.7 at 0 is infinite."""
+
+    def ill(x):
+        w = pyro.param("w", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            logits = (h * w).abs() ** 0.7
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    with pytest.raises(FloatingPointError, match="site 'x', parameters w: "):
+        NaturalRWS(ill, guide, fisher="unit", fisher_samples="same").step(X)

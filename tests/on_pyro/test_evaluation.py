@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import NamedTuple
 
 import arviz
 import numpy as np
@@ -236,6 +237,7 @@ def test_nothing_is_changed():
     ("options", "message"),
     [
         ({"num_particles": 0}, "num_particles must be at least 1"),
+        ({"num_particles": 2.5}, "num_particles must be an int, got 2.5"),
         ({"particles_at_once": 0}, "particles_at_once must be at least 1"),
         ({"batch": 0}, "batch must be at least 1"),
     ],
@@ -284,3 +286,26 @@ def test_batch_with_weights_that_do_not_separate_is_an_error():
 
     with pytest.raises(ValueError, match="do not separate by datum"):
         log_likelihood(model, guide, torch.randn(5), batch=2, num_particles=10)
+
+
+class Batch(NamedTuple):
+    """What a data loader may give."""
+
+    x: torch.Tensor
+    shift: torch.Tensor
+
+
+def test_batch_slices_named_tuples():
+    def model(b):
+        with pyro.plate("data", len(b.x)):
+            z = pyro.sample("z", dist.Normal(b.shift, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=b.x)
+
+    def guide(b):
+        with pyro.plate("data", len(b.x)):
+            pyro.sample("z", dist.Normal((b.x + b.shift) / 2, math.sqrt(0.5)))
+
+    b = Batch(*torch.randn(2, 5))
+    result = log_likelihood(model, guide, b, num_particles=3, batch=2)
+    exact = dist.Normal(b.shift, math.sqrt(2)).log_prob(b.x)
+    torch.testing.assert_close(result.values, exact)

@@ -200,3 +200,59 @@ def test_an_error_of_a_users_rule_reaches_the_user(rules):
     )
     with pytest.raises(RuntimeError, match="my own mistake"):
         natural(model, guide).step(x)
+
+
+def test_constructor_arguments_that_are_no_parameters_are_kept():
+    """The total count of Multinomial: n times the information of one draw."""
+    logits = torch.stack([A, B])
+    with pyro.validation_enabled():
+        info, exact, _ = families.information(dist.Multinomial(7, logits=logits))
+    p = logits.softmax(-1)
+    want = 7 * (torch.diag_embed(p) - p[..., None] * p[..., None, :])
+    assert not exact
+    close(info["logits"], want, 0.25 * float(want.abs().max()))
+
+
+def test_one_of_two_parametrisations():
+    fn = dist.ContinuousBernoulli(logits=A)
+    assert fn.probs.shape == A.shape  # the host keeps it from now on
+    info, exact, _ = families.information(fn)
+    close(info["logits"], fn.variance, 1e-6)
+    assert exact
+
+
+def test_a_support_that_moves_has_no_information_from_the_divergence():
+    info, exact, _ = families.information(dist.Uniform(A, A + B))
+    assert not exact
+    assert all(bool((v.diagonal(dim1=-2, dim2=-1) >= 0).all()) for v in info.values())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: dist.OrderedLogistic(o[..., 0], t(-1.0, 0.0, 1.0)),
+        lambda o: dist.ZeroInflatedPoisson(o[..., 0].exp(), gate_logits=o[..., 1]),
+        lambda o: dist.LowRankMultivariateNormal(o, torch.ones(2, 1, dtype=D), t(1.0, 1.0)),
+    ],
+)
+def test_a_family_without_information_is_an_error_that_names_the_site(make):
+    pyro.clear_param_store()
+    layer = nn.Linear(2, 2).double()
+
+    def model(x):
+        pyro.module("layer", layer)
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=t(0.0, 0.0)).to_event(1))
+            pyro.sample("x", make(layer(h)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=t(0.0, 0.0)).to_event(1))
+
+    event = make(torch.zeros(2, dtype=D)).event_shape
+    x = torch.zeros(4, *event, dtype=D if event else torch.long)
+    before = layer.weight.detach().clone()
+    with pytest.raises(NotImplementedError, match="site 'x' of the model: .*@register_fisher"):
+        ph.NaturalRWS(model, guide, sleep_weight=0.0).step(x)
+    assert torch.equal(layer.weight, before)
+    ph.RWS(model, guide, sleep_weight=0.0).step(x)

@@ -1,5 +1,7 @@
 """Imputation: the chain's stationary distribution against enumeration."""
 
+from typing import NamedTuple
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -186,3 +188,28 @@ def test_bad_input(case):
     down, up, x, mask, steps, options, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         impute(down, up, x, mask, steps, **options)
+
+
+class Batch(NamedTuple):
+    """What a data loader may give."""
+
+    x: torch.Tensor
+    label: torch.Tensor
+
+
+def test_x_inside_a_named_tuple():
+    b = Batch(X, torch.zeros(len(X)))
+    pyro.set_rng_seed(1)
+    found = impute(lambda b: model(b.x), lambda b: guide(b.x), X, MASK, 3, b)
+    pyro.set_rng_seed(1)
+    assert torch.equal(found, impute(model, guide, X, MASK, 3))
+
+
+def test_whole_numbers_of_a_continuous_site_are_refused():
+    def continuous(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=x)
+
+    x = torch.arange(6).reshape(2, 3)
+    with pytest.raises(ValueError, match="site 'x' draws torch.float32 but x is torch.int64"):
+        impute(continuous, lambda x: None, x, x > 2, 2)

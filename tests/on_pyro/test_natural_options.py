@@ -247,3 +247,107 @@ def test_a_shared_block_with_a_missing_gradient_is_solved_as_if_it_were_zero() -
     assert set(natural) == {"weight"}
     assert torch.equal(natural["weight"], full["weight"])
     assert not torch.allclose(natural["weight"], g)
+
+
+def deep(factor=False):
+    """A guide with two deep sites, whose blocks are matrix-free."""
+    up, more = (
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+        for _ in range(2)
+    )
+    down = torch.nn.Linear(4, 3).double()
+    zeros = torch.zeros(2, dtype=torch.float64)
+
+    def model(x):
+        pyro.module("down", down)
+        with pyro.plate("data", len(x)):
+            g = pyro.sample("g", dist.Bernoulli(logits=zeros).to_event(1))
+            h = pyro.sample("h", dist.Bernoulli(logits=zeros).to_event(1))
+            logits = down(torch.cat([g, h], -1))
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+            if factor:
+                pyro.factor("bonus", -logits.square().sum(-1))
+
+    def guide(x):
+        pyro.module("up", up)
+        pyro.module("more", more)
+        with pyro.plate("data", len(x)):
+            pyro.sample("g", dist.Bernoulli(logits=up(x)).to_event(1))
+            pyro.sample("h", dist.Bernoulli(logits=more(x)).to_event(1))
+
+    return model, guide, up
+
+
+@pytest.mark.parametrize("samples", ["lagged", "same"])
+def test_a_deep_guide_with_extra_sleep_steps(samples):
+    """Each solve is at the parameters of its own time: no graph of an earlier one is kept."""
+    model, guide, _ = deep()
+    options = {"fisher": "unit", "fisher_samples": samples, "refresh_every": 2, "sleep_steps": 3}
+    svi = NaturalRWS(model, guide, pyro.optim.SGD({"lr": 0.1}), **options)
+    assert all(torch.isfinite(torch.tensor([svi.step(data()) for _ in range(4)])))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+def test_parameters_frozen_and_freed_on_the_way(form):
+    model, guide, up = deep()
+    svi = NaturalRWS(model, guide, fisher=form, fisher_samples="lagged", refresh_every=3)
+    for layers in ([], [up[0]], [up[0], up[2]], [up[2]], []):
+        for layer in (up[0], up[2]):
+            layer.requires_grad_(layer not in layers)
+        before = [layer.weight.detach().clone() for layer in layers]
+        for _ in range(4):
+            svi.step(data())
+        for layer, weight in zip(layers, before, strict=True):
+            assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_guide_in_a_narrower_type_than_the_model(form):
+    """The weights of the particles are in the wider type."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        sbn = SBN()
+        for layer in (sbn.q1, sbn.q2):
+            layer.to(dtype)
+
+        def guide(x, sbn=sbn, dtype=dtype):
+            pyro.module("up", sbn.up)
+            with pyro.plate("data", len(x)):
+                logits = sbn.q1(x.to(dtype))
+                h1 = pyro.sample("h1", dist.Bernoulli(logits=logits).to_event(1))
+                pyro.sample("h2", dist.Bernoulli(logits=sbn.q2(h1)).to_event(1))
+
+        def model(x, sbn=sbn):
+            pyro.module("down", sbn.down)
+            with pyro.plate("data", len(x)):
+                h2 = pyro.sample("h2", dist.Bernoulli(logits=sbn.top).to_event(1)).double()
+                h1 = pyro.sample("h1", dist.Bernoulli(logits=sbn.p2(h2)).to_event(1)).double()
+                pyro.sample("x", dist.Bernoulli(logits=sbn.p1(h1)).to_event(1), obs=x)
+
+        options = {"sleep_weight": 0.0, "max_plate_nesting": 1, "tolerance": 1e-6}
+        svi = NaturalRWS(
+            model, guide, num_particles=3, fisher=form, fisher_samples="same", **options
+        )
+        pyro.set_rng_seed(1)
+        found[dtype] = svi.directions(data())
+        assert found[dtype].natural["up$$$q1.weight"].dtype == dtype
+    assert all(bool(v.isfinite().all()) for v in found[torch.float32].natural.values())
+
+
+def test_a_factor_has_no_information():
+    """The block is that of the draws, whether or not the model has a factor."""
+    found = []
+    for factor in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        model, guide, _ = deep(factor)
+        options = {"fisher": "unit", "fisher_samples": "same", "sleep_weight": 0.0}
+        svi = NaturalRWS(model, guide, num_particles=1, max_plate_nesting=1, **options)
+        pyro.set_rng_seed(1)
+        (block,) = [b for b in svi.directions(data()).fisher.blocks if b.site == "x"]
+        found.append(block.dense())
+        assert block.exact
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

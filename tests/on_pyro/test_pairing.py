@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -190,3 +191,57 @@ def test_parameters_of_functions_methods_and_partials():
         assert _parameter_names(program) == expected
     assert _parameter_names(guide.run) == ["x", "observations"]
     assert _parameter_names(plain) == ["x", "y", "observations"]
+
+
+class Batch(NamedTuple):
+    """What a data loader may give."""
+
+    x: torch.Tensor
+    label: torch.Tensor
+
+
+def test_inside_a_named_tuple():
+    batch = Batch(X, torch.arange(3))
+    found = dream(lambda b: body(b.x), lambda b: guide_body(b.x), batch)
+    assert type(found.args[0]) is Batch
+    assert found.args[0].x is dreamt(found)
+    assert found.args[0].label is batch.label
+    assert torch.equal(*saw(found))
+
+
+class Module(pyro.nn.PyroModule):
+    def forward(self, x, observations=None):
+        guide_body(2 * x if observations is None else observations["x"])
+
+
+class Plain(torch.nn.Module):
+    def forward(self, observations):
+        guide_body(observations["x"])
+
+
+def test_a_module_that_takes_observations():
+    found = dream(lambda x: body(x + 0), Module(), X)
+    assert torch.equal(*saw(found))
+    found = dream(lambda observations: body(observations["x"]), Plain(), {"x": X})
+    assert torch.equal(*saw(found))
+
+
+def test_dreams_keep_fractions_where_the_data_are_whole_numbers():
+    def model(x):
+        with pyro.plate("data", 3):
+            h = pyro.sample("h", dist.Bernoulli(torch.full((3,), 0.5)))
+            pyro.sample("x", dist.Normal(h, 0.3), obs=x)
+
+    found = dream(model, guide_body, torch.tensor([0, 2, -1]))
+    assert (found.args[0] != found.args[0].round()).all()
+    assert torch.equal(*saw(found))
+
+
+def test_dreamt_counts_keep_the_datas_type():
+    def model(x):
+        with pyro.plate("data", 3):
+            h = pyro.sample("h", dist.Bernoulli(torch.full((3,), 0.5)))
+            pyro.sample("x", dist.Poisson(2 + h), obs=x)
+
+    found = dream(model, lambda x: guide_body(1.0 * x), torch.tensor([0, 2, 1]))
+    assert found.args[0].dtype == torch.long

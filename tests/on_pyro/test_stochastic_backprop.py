@@ -422,3 +422,25 @@ def test_noise_space_with_diagonal_posteriors_is_the_same_draw_by_draw():
     assert found["noise"][0] == pytest.approx(found["latent"][0], rel=1e-12)
     for a, b in zip(found["noise"][1], found["latent"][1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_posterior_begins_anew_where_the_store_was_cleared():
+    def model(x):
+        w = pyro.param("w", torch.ones(3, dtype=F64))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+            pyro.sample("x", dist.Normal(z[..., None] * w, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        v = pyro.param("v", torch.zeros(3, dtype=F64))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ v, 1.0))
+
+    x = torch.eye(3, dtype=F64)
+    svi = StochasticBackprop(model, guide, parameter_posterior=1.0, parameter_variance=1e-3)
+    for _ in range(2):
+        pyro.clear_param_store()
+        assert math.isfinite(svi.step(x))
+        mean, variance = svi.posterior()["w"]
+        torch.testing.assert_close(mean, torch.ones(3, dtype=F64), rtol=0, atol=0.01)
+        torch.testing.assert_close(variance, 1e-3 * torch.ones(3, dtype=F64), rtol=0.01, atol=0)

@@ -313,3 +313,19 @@ def test_dream_draws_every_site_and_keeps_deterministic_shapes():
     close(nodes["m"]["value"], 2 * nodes["z"]["value"])
     assert dream.args[0] is nodes["x"]["value"]
     assert dream.guide.nodes["z"]["value"] is nodes["z"]["value"]
+
+
+def test_a_plate_of_global_latents_is_no_plate_of_data():
+    def model(x):
+        with pyro.plate("components", 3):
+            mu = pyro.sample("mu", normal(torch.zeros(3, dtype=F64)))
+        with pyro.plate("data", 4), pyro.plate("pixels", 2, dim=-2):
+            pyro.sample("x", normal(mu.sum(-1, keepdim=True)), obs=x)
+
+    def guide(x):
+        with pyro.plate("components", 3):
+            pyro.sample("mu", normal(torch.zeros(3, dtype=F64)))
+
+    x = torch.randn(2, 4, dtype=F64)
+    assert wake_trace(model, guide, (x,), {}, num_particles=K).layout.num_data == 8
+    assert Programs(model, guide, K).dream((x,), {}).layout.num_data == 8
