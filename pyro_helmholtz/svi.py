@@ -63,7 +63,13 @@ class HelmholtzSVI:
         ValueError: an option out of its range.
     """
 
-    state_keys: tuple[str, ...] = ("parameters", "optimiser", "random", "max_plate_nesting")
+    state_keys: tuple[str, ...] = (
+        "parameters",
+        "optimiser",
+        "optimiser_kind",
+        "random",
+        "max_plate_nesting",
+    )
 
     def __init__(
         self,
@@ -97,6 +103,11 @@ class HelmholtzSVI:
     def default_optimiser(self) -> PyroOptim:
         """What ``optim=None`` means."""
         return sgd(lr=DEFAULT_LEARNING_RATE)
+
+    @property
+    def _optimiser_kind(self) -> str:
+        """The name of torch's optimiser, or scheduler, behind Pyro's."""
+        return getattr(self.optim, "pt_optim_constructor", type(self.optim)).__name__
 
     @property
     def programs(self) -> Programs:
@@ -228,6 +239,7 @@ class HelmholtzSVI:
         state = {
             "parameters": used,
             "optimiser": deepcopy(self.optim.get_state()),
+            "optimiser_kind": self._optimiser_kind,
             "random": torch.get_rng_state(),
             "max_plate_nesting": self.programs.max_plate_nesting,
         }
@@ -244,7 +256,8 @@ class HelmholtzSVI:
         object next runs the programs, since only then they exist.
 
         Raises:
-            ValueError: something that ``state_dict`` did not return, or another shape.
+            ValueError: something that ``state_dict`` of such a front end with such an optimiser
+                did not return, or another shape.
         """
         if not isinstance(state, dict) or "parameters" not in state:
             raise ValueError("load_state_dict needs what state_dict returned.")
@@ -252,6 +265,11 @@ class HelmholtzSVI:
             raise ValueError(
                 f"the state lacks {missing[0]!r}, which {type(self).__name__} needs: it was saved "
                 "by another front end."
+            )
+        if state["optimiser_kind"] != self._optimiser_kind:
+            raise ValueError(
+                f"the state was saved with the optimiser {state['optimiser_kind']}; this object "
+                f"has {self._optimiser_kind}."
             )
         if ("average" in state) != (self._average is not None):
             saved = "with" if "average" in state else "without"

@@ -439,3 +439,15 @@ def test_a_block_that_has_no_inverse_is_named():
 
     with pytest.raises(FloatingPointError, match="site 'x', parameters w: "):
         NaturalRWS(ill, guide, fisher="unit", fisher_samples="same").step(X)
+
+
+def test_a_state_of_another_optimiser_changes_nothing():
+    svi = RWS(model, guide)
+    svi.step(X)
+    state = svi.state_dict()
+    svi.step(X)
+    before = snapshot()
+    fresh = RWS(model, guide, pyro.optim.Adam({"lr": 0.01}))
+    with pytest.raises(ValueError, match="optimiser SGD; this object has Adam"):
+        fresh.load_state_dict(state)
+    assert all(torch.equal(before[name], value) for name, value in snapshot().items())
