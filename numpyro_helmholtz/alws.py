@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpyro
-from jax import Array, lax, random
+from jax import Array, random
 from numpyro.infer.svi import SVIRunResult
 
+from . import branches
 from .arguments import Arguments
 from .checks import Problem, raise_for
 from .estimators.alws import ALWS_ELBO, SleepPass, no_guide
@@ -76,6 +77,7 @@ class ALWS(HelmholtzSVI):
     """
 
     estimator: ALWS_ELBO
+    untrained = "the model has no parameters to train."
 
     def __init__(
         self,
@@ -130,10 +132,8 @@ class ALWS(HelmholtzSVI):
         """The regression before the first update.
 
         Raises:
-            ValueError: dreams or a kernel that are not finite, or a model without parameters.
+            ValueError: dreams or a kernel that are not finite.
         """
-        if not jax.tree.leaves(params):
-            raise ValueError("the model has no parameters to train.")
         arguments = Arguments.of((args, kwargs))
         memory, found = self._first(rng_key, params, arguments, mutable)
         raise_for(found)
@@ -186,7 +186,7 @@ class ALWS(HelmholtzSVI):
                 learned = self._adapted(memory, done)
             else:
                 due = (done.step + 1) % self.adapt_every == 0
-                learned = lax.cond(due, lambda: self._adapted(memory, done), lambda: learned)
+                learned = branches.cond(due, lambda: self._adapted(memory, done), learned)
         return gradient, Regression(learned, memory.fixed, report)
 
     def _adapted(self, memory: Regression, done: SleepPass) -> Any:

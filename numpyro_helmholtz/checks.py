@@ -19,6 +19,9 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 
+from .parameters import parameters
+from .record import Node, record
+
 Site = dict[str, Any]
 Trace = Mapping[str, Site]
 PARTICLES = "num_particles_vectorized"
@@ -75,12 +78,61 @@ def _plates(site: Site) -> set[str]:
     return {f.name for f in site["cond_indep_stack"] if f.name != PARTICLES}
 
 
+def _points(trace: Trace) -> Iterator[tuple[str, Site]]:
+    """Sites of Delta distributions."""
+    for name, site in stochastic_sites(trace):
+        if isinstance(_innermost(site["fn"]), dist.Delta):
+            yield name, site
+
+
+def has_points(*traces: Trace) -> bool:
+    """Whether there is a site of a Delta distribution."""
+    return any(True for trace in traces for _ in _points(trace))
+
+
+def check_point_masses(run: Callable[[Any], dict[str, Trace]], params: Any) -> None:
+    """Refuse Delta sites that parameters move: no score reaches these parameters.
+
+    Args:
+        run: from parameters to the traces of "model" and "guide". params: where.
+
+    Raises:
+        ValueError: naming the site and the program it stands in.
+    """
+    names: list[tuple[str, str]] = []
+
+    def points(at: Any) -> list[Any]:
+        found = {
+            (program, name): _innermost(site["fn"]).v
+            for program, trace in run(at).items()
+            for name, site in _points(trace)
+        }
+        names[:] = found
+        return list(found.values())
+
+    values = record(points, parameters(params), params)
+    for (program, name), value in zip(names, values, strict=True):
+        if isinstance(value, Node):
+            raise ValueError(
+                f"site {name!r} of the {program} is a Delta whose value depends on parameters. "
+                "Samples are constants here, so these parameters would never change. Use "
+                "numpyro.deterministic for a function of parameters, or StochasticBackprop."
+            )
+
+
 def check_against_model(model: Trace, guide: Trace) -> None:
-    """Refuse a guide whose latents, plates or supports are not the model's.
+    """Refuse a guide whose sites, plates or supports are not those of the model's latents.
 
     Raises:
         ValueError: naming the site.
     """
+    for name, site in stochastic_sites(guide):
+        if site["is_observed"]:
+            what = "a numpyro.factor" if is_factor(site["fn"]) else "observed"
+            raise ValueError(
+                f"site {name!r} of the guide is {what}: it would count neither in the weights nor "
+                "in the directions. The guide may sample the model's latents alone."
+            )
     in_model, in_guide = latents(model), latents(guide)
     for name in in_model:
         if name not in in_guide:
@@ -92,7 +144,12 @@ def check_against_model(model: Trace, guide: Trace) -> None:
         if name not in in_model:
             observed = name in model and model[name]["type"] == "sample"
             what = "is observed there" if observed else f"has {sorted(in_model)}"
-            raise ValueError(f"site {name!r} of the guide is no latent of the model, which {what}.")
+            hint = ""
+            if in_guide[name]["infer"].get("is_auxiliary"):
+                hint = " Auxiliary sites, as automatic guides have them, are not supported."
+            raise ValueError(
+                f"site {name!r} of the guide is no latent of the model, which {what}.{hint}"
+            )
     for name, site in in_guide.items():
         other = in_model[name]
         if _plates(site) != _plates(other):
@@ -164,6 +221,28 @@ def problems(model: Trace, guide: Trace) -> list[Problem]:
             )
             found.append(Problem(jnp.sum(~theirs(site["value"])), message))
     return found
+
+
+def bad_starts(params: dict[str, Any], unconstrained: dict[str, Any]) -> list[Problem]:
+    """Parameters whose starting values no optimiser can move from.
+
+    Args:
+        params: constrained, by site name. unconstrained: the same values.
+    """
+    found = []
+    for name in params:
+        leaves = [x for x in jax.tree.leaves(unconstrained[name]) if _is_inexact(x)]
+        count = sum((jnp.sum(~jnp.isfinite(x)) for x in leaves), jnp.zeros((), int))
+        message = (
+            f"parameter {name!r} starts at {{count}} values that are not finite or lie outside of "
+            "its constraint, or on the constraint's edge."
+        )
+        found.append(Problem(count, message))
+    return found
+
+
+def _is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def _in_data(name: str, site: Site) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -102,7 +103,8 @@ def log_likelihood(
     unscaled. Particles are drawn ``particles_at_once`` at a time and only running sums and the
     tail of the largest weights are kept, so S = 10,000 needs hardly more memory than S = 100.
     A pass is compiled once for each shape of the data and kept for the next call with the same
-    programs.
+    programs; what they read from outside their arguments is read when it is compiled, as under
+    ``jax.jit``.
 
     Args:
         rng_key: random key.
@@ -125,9 +127,9 @@ def log_likelihood(
         ``values``, ``ess`` and ``khat`` for each datum, and ``mean`` and ``stderr`` over the data.
 
     Raises:
-        ValueError: if a count is below 1, if ``power`` is not positive, if there are no data, if
-            a log-weight is NaN or ``+inf``, if no particle of a datum has a positive weight, or
-            if ``batch`` is given and the weights do not separate by datum.
+        ValueError: if a count is no int of at least 1, if ``power`` is not positive, if there are
+            no data, if a log-weight is NaN or ``+inf``, if no particle of a datum has a positive
+            weight, or if ``batch`` is given and the weights do not separate by datum.
     """
     check_counts(num_particles=num_particles, particles_at_once=particles_at_once)
     if not power > 0:
@@ -139,7 +141,7 @@ def log_likelihood(
         programs = Programs(model, guide, constrained=True)
         programs.inspect(rng_key, args, kwargs, params, mutable)
         max_plate_nesting = programs.max_plate_nesting
-    weigh = _weigher(model, guide, size, int(max_plate_nesting))
+    weigh = _weigher(hashable(model), hashable(guide), size, int(max_plate_nesting))
     results = []
     with tqdm(total=len(starts) * num_particles, unit="particle", disable=not progress) as bar:
         for start in starts:
@@ -158,9 +160,11 @@ def log_likelihood(
     return LogLikelihood(jnp.asarray(values / power), jnp.asarray(ess), num_particles, tail)
 
 
-def check_counts(**counts: int) -> None:
-    """Refuse a count below 1, naming it."""
+def check_counts(**counts: Any) -> None:
+    """Refuse what is no number or below 1, naming it."""
     for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise ValueError(f"{name} must be an int, got {count!r}")
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
 
@@ -202,6 +206,18 @@ def in_batches(
         return stop - start, _slice((args, kwargs), n_data, slice(start, stop))
 
     return range(0, n_data, batch), take
+
+
+def hashable(program: Callable) -> Callable:
+    """A program as a key of a cache; one without a hash, such as an Equinox module, wrapped.
+
+    Such a program is compiled anew in each call.
+    """
+    try:
+        hash(program)
+    except TypeError:
+        return functools.partial(program)
+    return program
 
 
 @functools.lru_cache(maxsize=32)

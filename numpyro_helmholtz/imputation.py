@@ -18,10 +18,11 @@ from jax import Array, lax, random
 
 from .arguments import Arguments
 from .checks import Trace, check_against_model
+from .evaluation import hashable
 from .messengers import Dreaming
 from .pairing import pair_dreams
 from .parameters import Params
-from .sites import mutable_values, sampled_values
+from .sites import in_data_type, mutable_values, sampled_values
 from .trace import Programs
 
 __all__ = ["impute"]
@@ -71,7 +72,7 @@ def impute(
     _check_observed(x, observed_mask)
     if not any(leaf is x for leaf in jax.tree.leaves((args, kwargs))):
         args = (x, *args)
-    chain = _compiled(model, guide)
+    chain = _compiled(hashable(model), hashable(guide))
     arguments = Arguments.of((x, args, kwargs))
     given = (arguments, jnp.asarray(observed_mask), start, params, mutable_state or {})
     return chain(rng_key, *given, num_steps=num_steps, keep=keep)
@@ -139,7 +140,8 @@ class _Chain:
         """The site that observes x, and a draw of it from the model.
 
         Raises:
-            ValueError: none, more than one, or one that draws another shape.
+            ValueError: none, more than one, or one that draws another shape, or fractions where
+                x has integers.
         """
         dreaming = _DreamingOf(self.x)
         trace = self._run(self.programs.model, rng_key, self.args, self.kwargs, dreaming=dreaming)
@@ -157,6 +159,12 @@ class _Chain:
         if value.shape != self.x.shape:
             raise ValueError(
                 f"site {sites[0]!r} draws shape {value.shape} but x has {self.x.shape}."
+            )
+        dtype = in_data_type(trace[sites[0]], self.x).dtype
+        if dtype != self.x.dtype:
+            raise ValueError(
+                f"site {sites[0]!r} draws {dtype} but x is {self.x.dtype}, which would cut off "
+                "fractions. Give x as floating-point numbers."
             )
         return sites[0], value.astype(self.x.dtype)
 

@@ -30,7 +30,8 @@ class Layout:
     Attributes:
         shared: dimension of each plate that all sites share, negative, in ascending order.
         ndim: number of batch dimensions, particles included.
-        num_data: sum of the data's scales (the divisor of every direction).
+        num_data: sum of the data's scales (the divisor of every direction). Plates that share no
+            site with data, such as one of global latents, do not count.
         common_scale: the scale that the bound of a datum carries.
     """
 
@@ -47,8 +48,9 @@ class Layout:
             {f.name: f for f in site["cond_indep_stack"] if f.name != PARTICLES} for site in sites
         ]
         names = set.intersection(*map(set, stacks)) if stacks else set()
-        plated = [set(stack) for stack in stacks if stack]
-        data_plates = set.intersection(*plated) if plated else set()
+        seen = set().union(*(stack for stack, s in zip(stacks, sites, strict=True) if _is_data(s)))
+        with_data = [set(stack) for stack in stacks if seen.intersection(stack)]
+        data_plates = set.intersection(*with_data) if with_data else set()
         frames = {name: frame for stack in stacks for name, frame in stack.items()}
         shared = tuple(sorted(frames[name].dim for name in names))
 
@@ -72,6 +74,11 @@ class Layout:
         keep = {self.ndim + dim for dim in self.shared} | {0}
         drop = tuple(d for d in range(self.ndim) if d not in keep)
         return value.sum(drop, keepdims=True) if drop else value
+
+
+def _is_data(site: Site) -> bool:
+    """Whether a site is observed, or dreamt in place of what is observed."""
+    return site["is_observed"] or "helmholtz_dream" in site
 
 
 def site_scale(site: Site) -> Any:

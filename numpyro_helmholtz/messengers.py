@@ -26,21 +26,28 @@ class Particles(numpyro.plate):
     """K particles in one dimension; parameters and subsamples do not see it."""
 
     def process_message(self, msg: Any) -> None:
-        """Widen a sample site.
+        """Widen a sample site."""
+        if msg["type"] in ("sample", "plate", "deterministic"):
+            super().process_message(msg)
+
+    def postprocess_message(self, msg: Any) -> None:
+        """Nothing: the host's would look for the plate's dimension in parameters."""
+
+
+class PythonFlow(Messenger):
+    """Let sites stand in Python's control flow alone."""
+
+    def process_message(self, msg: Any) -> None:
+        """Refuse NumPyro's own.
 
         Raises:
-            ValueError: sites inside NumPyro's own control flow.
+            ValueError: at its scan or cond.
         """
         if msg["type"] == "control_flow":
             raise ValueError(
                 "scan and cond of numpyro.contrib.control_flow cannot run with many particles. "
                 "Write the sample sites of the steps in a Python loop."
             )
-        if msg["type"] in ("sample", "plate", "deterministic"):
-            super().process_message(msg)
-
-    def postprocess_message(self, msg: Any) -> None:
-        """Nothing: the host's would look for the plate's dimension in parameters."""
 
 
 class FlatDraws(Messenger):
@@ -76,5 +83,6 @@ class Dreaming(Messenger):
                 "an observed sample site."
             )
         self.observed[msg["name"]] = msg["value"]
+        msg["helmholtz_dream"] = True
         msg["is_observed"] = False
         msg["value"] = None

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax, random
+from jax import Array, random
 from numpyro.optim import optax_to_numpyro
 
+from . import branches
 from .arguments import Arguments
 from .diagnostics import Structure, describe
 from .estimators.base import HelmholtzELBO, Pass
@@ -25,7 +26,7 @@ from .estimators.reweighted import RWS_ELBO
 from .fisher.assemble import Block, assemble
 from .fisher.memory import Fisher, Kept, Memory
 from .later import later
-from .parameters import Params, parameters, rebuild
+from .parameters import Params, parameters, rebuild, signature
 from .recipe import Recipe
 from .svi import Directions, HelmholtzState, HelmholtzSVI
 
@@ -147,11 +148,11 @@ class NaturalSVI(HelmholtzSVI):
             return self.memory.remember(memory, blocks())
 
         # A batch of another shape is taken in whenever it comes.
-        same = _signature(jax.eval_shape(take_in)) == _signature(memory)
+        same = signature(jax.eval_shape(take_in)) == signature(memory)
         if self.refresh_every == 1 or not same:
             return take_in()
         due = (step < self._refresh_all) | (step % self.refresh_every == 0)
-        return lax.cond(due, take_in, lambda: memory)
+        return branches.cond(due, take_in, memory)
 
     def _clip(self, g: dict[str, Array], x: dict[str, Array], alpha: Any) -> dict[str, Array]:
         """Shrink to ``½ xᵀFx ≤ kl_clip``, by ``xᵀFx = (1+α) gᵀx − α xᵀx``."""
@@ -162,7 +163,7 @@ class NaturalSVI(HelmholtzSVI):
         divergence = 0.5 * ((1 + alpha) * gx - alpha * xx)
         over = divergence > self.kl_clip
         shrink = jnp.where(over, jnp.sqrt(self.kl_clip / jnp.where(over, divergence, 1)), 1)
-        return {name: shrink * value for name, value in x.items()}
+        return {name: (shrink * value).astype(value.dtype) for name, value in x.items()}
 
     def _blocks_later(self, done: Pass) -> Callable[[], list[Block]]:
         """What computes the blocks where it is called: in the branches that need them."""
@@ -178,7 +179,7 @@ class NaturalSVI(HelmholtzSVI):
         rest = later(arrays)
         return lambda: [b.with_arrays(a) for b, a in zip(made, rest(), strict=True)]
 
-    def _blocks(self, done: Pass) -> list[Block]:
+    def _blocks(self, done: Pass, uncovered: dict[str, list[str]] | None = None) -> list[Block]:
         """The blocks of this batch; those of the guide alone in an extra sleep step."""
         assert done.params is not None
         recipes = [recipe for recipe in (done.model, done.guide) if recipe is not None]
@@ -186,7 +187,7 @@ class NaturalSVI(HelmholtzSVI):
             recipes = [recipe for recipe in (done.dream,) if recipe is not None]
         elif self.memory.samples == "dream":
             recipes[0] = self._dreams(done)
-        return assemble(recipes, self.programs, done.params)
+        return assemble(recipes, self.programs, done.params, uncovered)
 
     def _dreams(self, done: Pass) -> Recipe:
         """The model on dreams of its own."""
@@ -210,7 +211,7 @@ class NaturalSVI(HelmholtzSVI):
         """
         self._check_data(state, args, kwargs)
         arguments = Arguments.of((args, kwargs))
-        made = self._made.setdefault(_signature((state, arguments)), _Made())
+        made = self._made.setdefault(signature((state, arguments)), _Made())
         gradient, natural, loss, arrays, damping = self._looked(state, arguments, made=made)
         blocks = [b.with_arrays(a) for b, a in zip(made.blocks, arrays, strict=True)]
         return Directions(gradient, natural, Fisher(blocks, damping), loss)
@@ -220,7 +221,8 @@ class NaturalSVI(HelmholtzSVI):
         args, kwargs = arguments.rebuilt()
         done, gradient = self._pass(state, args, kwargs)
         leaves = parameters(gradient)
-        fisher = self.memory.fisher(state.memory, self._blocks(done), self._alpha(state.step))
+        blocks = self._blocks(done, made.uncovered)
+        fisher = self.memory.fisher(state.memory, blocks, self._alpha(state.step))
         natural = self._clip(leaves, fisher.solve(leaves), fisher.damping)
         made.blocks = fisher.blocks
         arrays = [block.arrays for block in fisher.blocks]
@@ -232,7 +234,8 @@ class NaturalSVI(HelmholtzSVI):
         made = _Made()
         look = partial(self._look, made=made)
         jax.eval_shape(look, state, Arguments.of((args, kwargs)))
-        return describe(made.blocks, parameters(self._optimiser.params(state.optim_state)))
+        leaves = parameters(self._optimiser.params(state.optim_state))
+        return describe(made.blocks, leaves, made.uncovered)
 
 
 class NaturalRWS(NaturalSVI):
@@ -295,12 +298,12 @@ class NaturalRWS(NaturalSVI):
 
 
 class _Made:
-    """The blocks of a compiled call; only what is static in them is of use."""
+    """The blocks of a compiled call; only what is static in them is of use.
 
-    blocks: Sequence[Block] = ()
+    Attributes:
+        blocks: of the Fisher matrix. uncovered: see ``assemble``.
+    """
 
-
-def _signature(tree: Any) -> tuple:
-    """Equal for trees that one compiled call serves."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
+    def __init__(self) -> None:
+        self.blocks: Sequence[Block] = ()
+        self.uncovered: dict[str, list[str]] = {}

@@ -1,9 +1,9 @@
 """Pair dreams with the guide's arguments.
 
 In the sleep phase the guide sees what the model dreamt. A dream replaces the argument that
-*is* the observed value (the same object, also inside lists, tuples and dictionaries). For
-anything else the user gives ``dream_args``; a guide with ``observations=`` gets a dictionary
-of the dreams by site, beside the arguments that identity found.
+*is* the observed value (the same object, also inside lists, named tuples, dictionaries and other
+pytrees). For anything else the user gives ``dream_args``; a guide with ``observations=`` gets a
+dictionary of the dreams by site, beside the arguments that identity found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 from jax import Array
 
 Arrays = Mapping[str, Any]
@@ -83,7 +83,7 @@ def pair_dreams(
     """The guide's arguments with every observed value replaced by its dream.
 
     Args:
-        observed: value of each observed site. dreams: what the model drew instead.
+        observed: value of each observed site. dreams: what the model drew instead, in its type.
         args: the call's arguments. kwargs: its keyword arguments. guide: the program.
         dream_args: the user's own pairing, which takes precedence.
 
@@ -93,7 +93,6 @@ def pair_dreams(
     Raises:
         ValueError: an observed value that is no argument, naming the site.
     """
-    dreams = {name: _like(dream, observed[name]) for name, dream in dreams.items()}
     if dream_args is not None:
         result = dream_args(dreams, *args, **kwargs)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
@@ -114,19 +113,17 @@ def pair_dreams(
         by_identity[id(value)] = name
     found: set[str] = set()
 
-    def replace(item: Any) -> Any:
-        if id(item) in by_identity:
-            name = by_identity[id(item)]
-            found.add(name)
-            return dreams[name]
-        if isinstance(item, Mapping):
-            return {key: replace(value) for key, value in item.items()}
-        if type(item) in (list, tuple):
-            return type(item)(replace(value) for value in item)
-        return item
+    def is_observed(item: Any) -> bool:
+        return id(item) in by_identity
 
-    new_args = tuple(replace(arg) for arg in args)
-    new_kwargs = {key: replace(value) for key, value in kwargs.items()}
+    def replace(item: Any) -> Any:
+        if not is_observed(item):
+            return item
+        name = by_identity[id(item)]
+        found.add(name)
+        return dreams[name]
+
+    new_args, new_kwargs = jax.tree.map(replace, (args, kwargs), is_leaf=is_observed)
     missing = sorted(set(observed) - found)
     if takes_observations:
         observations = Observations(dreams, missing)
@@ -144,8 +141,3 @@ def pair_dreams(
             "a guide with a parameter observations=."
         )
     return new_args, new_kwargs, Observations()
-
-
-def _like(dream: Array, observed: Any) -> Array:
-    """A dream in the data's type: NumPyro draws bits as integers, data are often floats."""
-    return dream.astype(jnp.result_type(observed))

@@ -84,3 +84,14 @@ def strong(tree: Any) -> Any:
         return x if key else lax.convert_element_type(x, jnp.result_type(x))
 
     return jax.tree.map(one, tree)
+
+
+def signature(tree: Any) -> tuple:
+    """Equal for trees that one compiled call serves: structure, shapes and types."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
+
+
+def apart(tree: Any) -> Any:
+    """The same arrays, each in memory of its own."""
+    return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, tree)

@@ -16,7 +16,14 @@ from tqdm.auto import tqdm
 
 from .arguments import Arguments
 from .checks import Trace, stochastic_sites
-from .evaluation import LogLikelihood, check_counts, check_width, in_batches, log_likelihood
+from .evaluation import (
+    LogLikelihood,
+    check_counts,
+    check_width,
+    hashable,
+    in_batches,
+    log_likelihood,
+)
 from .messengers import Dreaming
 from .trace import Params, Programs, Wake, sampled_values, subsample_values
 
@@ -115,8 +122,8 @@ def log_partition(
         ``value`` and its ``stderr`` from all dreams, ``values`` and ``stderrs`` for each datum.
 
     Raises:
-        ValueError: a count below 1, no data, a model that cannot dream, a masked site, or
-            ``batch`` where the data do not separate.
+        ValueError: a count that is no int of at least 1, no data, a model that cannot dream, a
+            masked site, or ``batch`` where the data do not separate.
     """
     check_counts(num_dreams=num_dreams, num_particles=num_particles)
     starts, take = in_batches(args, kwargs, batch)
@@ -124,7 +131,7 @@ def log_partition(
     first = Programs(model, guide, 1, max_plate_nesting, dream_args, constrained=True)
     first.inspect(rng_key, args, kwargs, params, mutable)  # refuses bad programs and data
     nesting = int(first.max_plate_nesting)
-    draw = _drawer(model, guide, num_particles, nesting, dream_args)
+    draw = _drawer(hashable(model), hashable(guide), num_particles, nesting, dream_args)
     found = []
     with tqdm(total=len(starts) * num_dreams, unit="dream", disable=not progress) as bar:
         for start in starts:

@@ -22,17 +22,20 @@ from .checks import (
     PARTICLES,
     Problem,
     Trace,
+    bad_starts,
     blame_data,
     check_against_model,
     check_declared,
     check_observations,
+    check_point_masses,
     check_sites,
+    has_points,
     problems,
     raise_for,
     stochastic_sites,
 )
-from .messengers import Constants, FlatDraws, Particles
-from .parameters import Held, Params, constraining
+from .messengers import Constants, FlatDraws, Particles, PythonFlow
+from .parameters import Held, Params, constraining, unconstrain
 from .sites import mutable_values, sampled_values
 
 
@@ -116,6 +119,7 @@ class Runner:
             stack.enter_context(handlers.substitute(data=values or {}))
             stack.enter_context(Held(params, mutable or {}, constrained=self.constrained))
             stack.enter_context(FlatDraws())
+            stack.enter_context(PythonFlow())
             # Inside the substitution: a site's key does not depend on what is replayed.
             stack.enter_context(handlers.seed(rng_seed=rng_key))
             if dreaming is not None:
@@ -202,13 +206,38 @@ class Runner:
         args, kwargs = arguments.rebuilt()
         guide, model = self.first_run(rng_key, args, kwargs, params, mutable, start=start)
         sites = [s for t in (model, guide) for s in t.values() if s["type"] == "param"]
+        values = {site["name"]: site["value"] for site in sites}
+        transforms = constraining(model, guide)
+        found = problems(model, guide)
+        if params is None:
+            found += bad_starts(values, unconstrain(transforms, values))
+            if isinstance(self.sampling(), Constants) and has_points(guide, model):
+                held = {**(mutable or {}), **mutable_values(guide, model)}
+                self._check_point_masses(rng_key, args, kwargs, values, held)
         return Start(
-            {site["name"]: site["value"] for site in sites},
-            constraining(model, guide),
+            values,
+            transforms,
             mutable_values(guide, model),
-            problems(model, guide),
+            found,
             frozenset(name for name, site in guide.items() if site["type"] == "param"),
         )
+
+    def _check_point_masses(
+        self,
+        rng_key: Array,
+        args: tuple,
+        kwargs: dict[str, Any],
+        params: Params,
+        mutable: Params,
+    ) -> None:
+        """Refuse Delta sites at parameters where samples are constants."""
+        programs = replace(self, constrained=True)
+
+        def traces(at: Params) -> dict[str, Trace]:
+            guide, model = programs.first_run(rng_key, args, kwargs, at, mutable)
+            return {"model": model, "guide": guide}
+
+        check_point_masses(traces, params)
 
     def nesting(
         self, rng_key: Array, params: Params, args: tuple, kwargs: dict, **rest: Any

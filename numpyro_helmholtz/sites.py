@@ -43,6 +43,17 @@ def _with(fn: Any, name: str, value: Any) -> Any:
     return fn
 
 
+def in_data_type(site: Site, observed: Any) -> Array:
+    """A dream in the type of its data: NumPyro draws bits as integers, data are often floats.
+
+    A dream that can be a fraction stays one: data of integers may have a continuous distribution.
+    """
+    value, dtype = site["value"], jnp.result_type(observed)
+    if not site["fn"].support.is_discrete and not jnp.issubdtype(dtype, jnp.inexact):
+        return value
+    return value.astype(dtype)
+
+
 def sampled_values(trace: Trace) -> dict[str, Array]:
     """Values of all sampled sites and of the subsampled plates' indices, by name."""
     return {

@@ -27,7 +27,7 @@ from .estimators.base import HelmholtzELBO, Pass
 from .estimators.reweighted import RWS_ELBO
 from .estimators.wake_sleep import WakeSleep_ELBO
 from .optimiser import Optimiser, of_numpyro
-from .parameters import constrain, parameters, strong, unconstrain
+from .parameters import apart, constrain, parameters, signature, strong, unconstrain
 from .trace import Params, Programs
 
 DEFAULT_LEARNING_RATE = 0.05
@@ -78,6 +78,11 @@ class HelmholtzSVI:
     A front end with a Fisher matrix overrides ``_direction``, and ``_fisher_init`` for the
     memory that goes with it.
 
+    Particles are a batch dimension of the programs. So a latent or a factor outside the data's
+    plate makes the weights of all data joint: one of each particle for the whole batch, of the
+    sum of its log-weights. And ``random_flax_module`` is not supported: a network that is itself
+    a sample would have to run once for each particle.
+
     Args:
         model: a NumPyro program with observed sites. guide: one with the same arguments and
             the same latents.
@@ -115,8 +120,11 @@ class HelmholtzSVI:
         self.sleep_steps, self.average = sleep_steps, average
         self.programs: Programs = estimator.programs(model, guide)
         self._jitted = jax.jit(self._chunk, static_argnames="stable")
+        self._stepped = jax.jit(self._step, static_argnames="stable")
         self._evaluate = jax.jit(self._bound)
         self._passed = jax.jit(lambda state, arguments: self._pass(state, *arguments.rebuilt()))
+
+    untrained = "neither the model nor the guide has parameters to train."
 
     def default_optimiser(self) -> Any:
         """What ``optim=None`` means."""
@@ -149,30 +157,38 @@ class HelmholtzSVI:
     def init(
         self, rng_key: Array, *args: Any, init_params: Params | None = None, **kwargs: Any
     ) -> HelmholtzState:
-        """The state before the first update.
+        """The state before the first update; its arrays are its own and can be donated.
 
         Args:
             rng_key: random key. args, kwargs: of the programs.
             init_params: constrained starting values by site name, instead of the programs' own.
 
         Raises:
-            ValueError: a program or data that cannot be trained so, naming the site.
+            ValueError: a program or data that cannot be trained so, naming the site; programs
+                without parameters.
         """
         rng_key, first_key, fisher_key = random.split(rng_key, 3)
         found = self.programs.inspect(first_key, args, kwargs, start=init_params)
         params = strong(unconstrain(found.transforms, found.params))
+        if not jax.tree.leaves(params):
+            raise ValueError(self.untrained)
         mutable = strong(found.mutable)
         memory = self._fisher_init(fisher_key, params, args, kwargs, mutable)
         optim_state = self._optimiser.init(params, found.of_guide)
         zero = jnp.zeros((), jnp.int32)
         everything = self._optimiser.everything(optim_state)
         average = Average.start(everything) if self.average else ()
-        return HelmholtzState(
-            optim_state, mutable, rng_key, memory, zero, zero, found.transforms, average
+        return apart(
+            HelmholtzState(
+                optim_state, mutable, rng_key, memory, zero, zero, found.transforms, average
+            )
         )
 
     def update(self, state: HelmholtzState, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """One update of all parameters; pure, to be run inside ``jit`` or ``lax.scan``.
+
+        A memory of earlier minibatches takes the batch's shapes. Before a ``lax.scan`` over
+        batches of another size than the state has seen, take one update outside of it.
 
         Returns:
             The new state, and minus the K-particle bound before the update, on the host's
@@ -205,7 +221,8 @@ class HelmholtzSVI:
     def stable_update(self, state: HelmholtzState, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """As ``update``; a step whose loss or result is not finite changes nothing.
 
-        Such a step is counted in ``state.skipped``, and its loss is returned as it is.
+        Such a step is counted in ``state.skipped``, and its loss is returned as it is. Where its
+        batch is of another size than those in the memory, the memory begins anew.
         """
         new, loss = self.update(state, *args, **kwargs)
         finite = jnp.isfinite(loss)
@@ -213,9 +230,17 @@ class HelmholtzSVI:
         for leaf in jax.tree.leaves((params, new.mutable_state, new.memory)):
             if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
                 finite &= jnp.isfinite(leaf).all()
-        kept = jax.tree.map(partial(jnp.where, finite), new, state)
+        old = state
+        if signature(new.memory) != signature(state.memory):
+            old = state._replace(memory=self._empty_memory(state, args, kwargs))
+        kept = jax.tree.map(partial(jnp.where, finite), new, old)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         return kept._replace(rng_key=new.rng_key, skipped=skipped), loss
+
+    def _empty_memory(self, state: HelmholtzState, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The memory before a first update with these arguments."""
+        params = self._optimiser.params(state.optim_state)
+        return self._fisher_init(state.rng_key, params, args, kwargs, state.mutable_state)
 
     def _pass(
         self, state: HelmholtzState, args: tuple, kwargs: dict[str, Any]
@@ -274,7 +299,8 @@ class HelmholtzSVI:
             rng_key: random key for ``init``. num_steps: number of updates, at least 1.
             args, kwargs: of the programs. progress_bar: whether to show one.
             stable_update: leave out steps that are not finite, see ``stable_update``.
-            init_state: go on from this state. init_params: see ``init``.
+            init_state: go on from this state, also with batches of another size.
+            init_params: see ``init``.
 
         Returns:
             ``params`` (constrained, by site name), ``state`` and ``losses`` (num_steps,).
@@ -292,7 +318,12 @@ class HelmholtzSVI:
         arguments = Arguments.of((args, kwargs))
         parts: list[Any] = []
         done, count = 0, 1 if progress_bar else CHUNK
-        with tqdm(total=num_steps, disable=not progress_bar) as bar:
+        if init_state is not None and self._grows(state, arguments, stable_update):
+            # The state of a loop keeps its shapes.
+            state, loss = self._stepped(state, arguments, stable=stable_update)
+            parts.append(jnp.zeros(1).at[0].set(loss))
+            done = 1
+        with tqdm(total=num_steps, initial=done, disable=not progress_bar) as bar:
             while done < num_steps:
                 count = min(count, num_steps - done, CHUNK)
                 start = time.perf_counter()
@@ -308,16 +339,28 @@ class HelmholtzSVI:
                     parts.append(losses if count == CHUNK else losses[:count])
         return SVIRunResult(self.get_params(state), state, jnp.concatenate(parts))
 
+    def _grows(self, state: HelmholtzState, arguments: Arguments, stable: bool) -> bool:
+        """Whether an update gives the state other shapes; only the memory's can change."""
+        if not jax.tree.leaves(state.memory):
+            return False
+        new, _ = self._stepped.eval_shape(state, arguments, stable=stable)
+        return signature(new) != signature(state)
+
+    def _step(
+        self, state: HelmholtzState, arguments: Arguments, stable: bool
+    ) -> tuple[HelmholtzState, Array]:
+        """One update."""
+        args, kwargs = arguments.rebuilt()
+        return (self.stable_update if stable else self.update)(state, *args, **kwargs)
+
     def _chunk(
         self, state: HelmholtzState, count: Array, arguments: Arguments, stable: bool
     ) -> tuple[HelmholtzState, Array]:
         """``count`` updates, at most ``CHUNK``, and their losses, shape (CHUNK,)."""
-        args, kwargs = arguments.rebuilt()
-        step = self.stable_update if stable else self.update
 
         def body(i: Array, carry: tuple[HelmholtzState, Array]) -> tuple[HelmholtzState, Array]:
             state, losses = carry
-            state, loss = step(state, *args, **kwargs)
+            state, loss = self._step(state, arguments, stable)
             return state, losses.at[i].set(loss.astype(losses.dtype))
 
         return lax.fori_loop(0, count, body, (state, jnp.zeros(CHUNK)))

@@ -28,7 +28,13 @@ from .messengers import Dreaming
 from .pairing import pair_dreams
 from .parameters import Params, parameters, rebuild
 from .runner import Runner
-from .sites import mutable_values, sampled_values, site_log_prob, subsample_values
+from .sites import (
+    in_data_type,
+    mutable_values,
+    sampled_values,
+    site_log_prob,
+    subsample_values,
+)
 
 
 @dataclass
@@ -173,7 +179,7 @@ class Programs(Runner):
             self.model, keys[1], args=args, kwargs=kwargs, values=subsample, dreaming=dreaming
         )
         check_sites(model, "model")
-        dreams = {name: model[name]["value"] for name in dreaming.observed}
+        dreams = {name: in_data_type(model[name], x) for name, x in dreaming.observed.items()}
         args, kwargs, unread = pair_dreams(
             dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
         )

@@ -32,6 +32,7 @@ ALONE = {
     "numpyro_helmholtz/record.py": "records a program's equations",
     "numpyro_helmholtz/links.py": "what each primitive does to elements",
     # What compiling takes, and what a compiled step computes in vain.
+    "numpyro_helmholtz/branches.py": "branches that stay branches under vmap",
     "numpyro_helmholtz/flat_keys.py": "keys whose draws compile fast",
     "numpyro_helmholtz/later.py": "moves what follows products into a branch",
 }

@@ -36,7 +36,7 @@ from tqdm.auto import trange
 import pyro_helmholtz as ph
 
 FAST = os.environ.get("TUTORIAL_FAST") == "1"
-STEPS, NUM_SLEEP, VAE_STEPS = (20, 200, 20) if FAST else (1000, 500, 6000)
+STEPS, NUM_SLEEP, VAE_STEPS = (20, 200, 20) if FAST else (1000, 500, 5000)
 FIGURES = Path("figures")
 FIGURES.mkdir(exist_ok=True)
 
@@ -118,7 +118,7 @@ def train(svi, steps, watch):
     """Returns the processor's seconds."""
     start = time.process_time()
     for step in (bar := trange(steps, mininterval=1)):
-        svi.step(data[torch.randint(len(data), (100,))])
+        svi.step(data[torch.randint(len(data), (400,))])
         if (step + 1) % (steps // 10) == 0:
             bar.set_postfix_str(watch())
     return time.process_time() - start

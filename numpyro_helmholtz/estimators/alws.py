@@ -243,8 +243,7 @@ class ALWS_ELBO(HelmholtzELBO):
         gamma = self._init(own_key, inputs)
         if isinstance(self.regression, ParticleSimulator):
             return gamma, dreams.problems
-        few = inputs[spread(min(len(inputs), 100), len(inputs))]
-        solved, _ = self.solve(few, few[:10], gamma)
+        solved, _ = self.solve(inputs, dreams.targets, gamma)
         message = (
             "the regression's weights on a first sleep set have {count} values that are not "
             "finite: check the kernel, its features and the ridge."

@@ -41,12 +41,18 @@ class _Group:
     names: set[str]
 
 
-def assemble(recipes: list[Recipe], programs: Programs, params: Params) -> list[Block]:
+def assemble(
+    recipes: list[Recipe],
+    programs: Programs,
+    params: Params,
+    uncovered: dict[str, list[str]] | None = None,
+) -> list[Block]:
     """The blocks of the Fisher matrix on one batch.
 
     Args:
         recipes: of the model and the guide. programs: what they run.
-        params: unconstrained, where.
+        params: unconstrained, where. uncovered: takes the sites that parameters feed for which
+            there is no block, by the parameter's name.
 
     Returns:
         Blocks whose parameters are disjoint. Parameters that no information covers are in
@@ -62,11 +68,18 @@ def assemble(recipes: list[Recipe], programs: Programs, params: Params) -> list[
                 group.found = other.found + group.found
                 group.names |= other.names
             groups.append(group)
-    return [
-        _block(group, recipes, programs, params)
-        for group in groups
-        if all(found.entry.form != "none" for found in group.found)
-    ]
+    blocks: list[Block] = []
+    for group in groups:
+        if all(found.entry.form != "none" for found in group.found):
+            blocks.append(_block(group, recipes, programs, params))
+        elif uncovered is not None:
+            uncovered |= {name: _sites(group, name) for name in group.names}
+    return blocks
+
+
+def _sites(group: _Group, name: str) -> list[str]:
+    """The sites that a parameter feeds."""
+    return list(dict.fromkeys(f.entry.site for f in group.found if name in f.entry.names))
 
 
 def _find(source: int, entry: Entry, roots: dict[int, Root]) -> Found:
@@ -110,6 +123,10 @@ def _unit_block(group: _Group, recipes: list[Recipe]) -> UnitBlock:
     else:
         raise Opaque("shared between scalar and coupled arguments")
     sites, exact, how = _summary(group)
+    # In the parameters' type: a program may go on in another before or after the layer.
+    roots = [a.root for f in group.found for a in f.applications if a is not None]
+    dtype = jnp.result_type(*(term.leaf.value for root in roots for term in root.terms))
+    features, coefficients = features.astype(dtype), coefficients.astype(dtype)
     block = UnitBlock(sites, kind, components, features, coefficients, exact, how)
     # The guide's particles weigh alike.
     block.weighted = any(recipes[f.source].program == "model" for f in group.found)

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from .. import branches
 from ..columns import Columns
 from . import solvers
 from .eigenbasis import EigenBasis
@@ -248,8 +248,8 @@ class UnitBlock:
             return solvers.in_sample_space(u, q, g, damping, self.tolerance)
 
         which = (~idle).sum()
-        branches = [partial(over, c) for c in counts]
-        return lax.switch(which, [*branches, lambda g: self._with_all_rows(g, damping)], g)
+        ways = [partial(over, c) for c in counts]
+        return branches.switch(which, [*ways, lambda g: self._with_all_rows(g, damping)], g)
 
     def _basis_and_scales(self) -> tuple[EigenBasis, Array]:
         scales = self.unit_scales() if self.scales is None else self.scales

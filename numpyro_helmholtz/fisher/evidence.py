@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from .. import graph
-from ..checks import stochastic_sites
+from ..checks import is_factor, stochastic_sites
 from ..graph import Node
 from ..layout import Layout, site_scale
 from ..parameters import Params, parameters
 from ..recipe import Recipe
 from ..trace import Programs
-from .families import Base, argument_names, arguments, information, unwrap
+from .families import Base, argument_names, arguments, information, other_values, unwrap
 
 Array = Any
 
@@ -59,8 +59,8 @@ def evidence(recipe: Recipe, programs: Programs, params: Params) -> list[Entry]:
     """All entries of a program run at ``params``, with plain arrays as arguments."""
     found: list[Entry] = []
     for name, site in stochastic_sites(recipe.run(programs, params)):
-        if site["is_observed"] and not recipe.observed:
-            continue
+        if (site["is_observed"] and not recipe.observed) or is_factor(site["fn"]):
+            continue  # a factor is no draw: it has no information
         for entry in _of_site(name, site, recipe):
             found.append(replace(entry, number=len(found)))
     return found
@@ -91,17 +91,21 @@ def entries(recipe: Recipe, programs: Programs, params: Params) -> list[Entry]:
 def _of_site(name: str, site: dict[str, Any], recipe: Recipe) -> Iterator[Entry]:
     base = unwrap(site["fn"])
     given = arguments(base.fn, argument_names(base.fn))
+    # A mixture's components, the distribution that another one truncates, and the like.
+    within = other_values(base.fn, list(given)) if given else base.fn
     error = None
     try:
         info, exact, how = information(base.fn, recipe.key)
     except NotImplementedError as refused:
-        info, exact, how, error = {}, False, "", refused
+        info, exact, how = {}, False, ""
+        error = NotImplementedError(f"site {name!r} of the {recipe.program}: {refused}")
+        error.__cause__, within = refused, base.fn
     element = _element_weight(site, base, recipe.weights, recipe.layout)
     covered: set[str] = set()
     for key, value in info.items():
         keys = [key] if isinstance(key, str) else list(key)
         covered |= set(keys)
-        chosen = [given[k] for k in keys]
+        chosen = [given[k] if k in given else jnp.asarray(getattr(base.fn, k)) for k in keys]
         vector = len(keys) == 1 and value.ndim == chosen[0].ndim + 1
         form = "coupled" if len(keys) > 1 else "vector" if vector else "scalar"
         tail = chosen[0].shape[-1:] if vector else ()
@@ -111,7 +115,7 @@ def _of_site(name: str, site: dict[str, Any], recipe: Recipe) -> Iterator[Entry]
         full = (*base.fn.batch_shape, *value.shape[value.ndim - extra :])
         yield Entry(-1, name, chosen, form, jnp.broadcast_to(value * weight, full), exact, how)
     loose = [value for key, value in given.items() if key not in covered]
-    loose += [x for x in jax.tree.leaves(base.transforms) if _is_float(x)]
+    loose += [x for x in jax.tree.leaves((base.transforms, within)) if _is_float(x)]
     if loose:
         nothing = jnp.zeros(())
         yield Entry(-1, name, loose, "none", nothing, False, "no Fisher information", error)

@@ -16,6 +16,7 @@ exact; failing that, by Monte-Carlo scores, and the structure report says so.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -40,7 +41,7 @@ def register_fisher(distribution: type) -> Callable[[R], R]:
     """Register the Fisher information of a distribution's arguments.
 
     Args:
-        distribution: the class; subclasses inherit the rule.
+        distribution: the class; subclasses with the same arguments inherit the rule.
 
     Returns:
         A decorator for a function ``rule(d) -> information`` (see the module's text).
@@ -236,23 +237,54 @@ def information(fn: Any, rng_key: Array | None = None) -> tuple[Information, boo
 
     Returns:
         The information, whether it is exact, and how it was found.
+
+    Raises:
+        NotImplementedError: there is no rule for it, and it cannot be made again from its
+            arguments.
+        ValueError: its own rule is about other arguments than it has.
     """
-    for cls in type(fn).__mro__:
-        if cls in _RULES:
-            return _constant(_RULES[cls](fn)), True, "closed form"
+    registered = _by_rule(fn)
+    if registered is not None:
+        return _constant(registered), True, "closed form"
     names = argument_names(fn)
     if not names:
         return {}, True, "no arguments"
     _check_elementwise(fn, names)
     try:
         return _constant(_from_kl(fn, names)), True, "second derivative of the KL divergence"
-    except (NotImplementedError, TypeError):
+    except (NotImplementedError, TypeError, ValueError):
+        pass
+    try:
         found = _from_scores(fn, names, rng_key)
-        return _constant(found), False, f"Monte-Carlo scores ({SCORE_SAMPLES} samples)"
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise NotImplementedError(
+            f"{type(fn).__name__} has no registered Fisher information, and it cannot be made "
+            f"and sampled again from its arguments {names} ({error}). Give one by "
+            "@register_fisher."
+        ) from error
+    return _constant(found), False, f"Monte-Carlo scores ({SCORE_SAMPLES} samples)"
+
+
+def _by_rule(fn: Any) -> Information | None:
+    """By the registered rule of its class, or of a base class with the same arguments."""
+    names = set(fn.arg_constraints)
+    for cls in type(fn).__mro__:
+        if cls not in _RULES:
+            continue
+        found = _RULES[cls](fn)
+        keys = {name for key in found for name in ([key] if isinstance(key, str) else key)}
+        if keys <= names:
+            return found
+        if cls is type(fn):
+            raise ValueError(
+                f"the rule of {cls.__name__} informs about {sorted(keys)}, but its arguments are "
+                f"{sorted(names)}."
+            )
+    return None
 
 
 def _constant(info: Information) -> Information:
-    return {key: lax.stop_gradient(value) for key, value in info.items()}
+    return {key: lax.stop_gradient(jnp.asarray(value)) for key, value in info.items()}
 
 
 def argument_names(fn: Any) -> list[str]:
@@ -272,13 +304,36 @@ def arguments(fn: Any, names: list[str]) -> dict[str, Array]:
 
 def _check_elementwise(fn: Any, names: list[str]) -> None:
     for name in names:
-        event = fn.arg_constraints[name].event_dim
+        event = _event_dim(fn, name)
         if event > 1 or (event == 1 and len(names) > 1):
             raise NotImplementedError(
                 f"{type(fn).__name__} has no registered Fisher information: its argument "
                 f"{name!r} is a matrix or mixes vectors with scalars. Give one by "
                 "@register_fisher."
             )
+
+
+def _event_dim(fn: Any, name: str) -> int:
+    """Event dimensions of an argument; 0 where its constraint does not say."""
+    try:
+        return int(fn.arg_constraints[name].event_dim)
+    except NotImplementedError:
+        return 0
+
+
+def other_values(fn: Any, names: list[str]) -> dict[str, Any]:
+    """What else the distribution was made with, such as a count or another distribution.
+
+    Args:
+        fn: the distribution. names: the arguments that are left out.
+    """
+    taken = set(inspect.signature(type(fn).__init__).parameters) | set(fn.arg_constraints)
+    found: dict[str, Any] = {}
+    for name in sorted(taken - {*names, "self", "validate_args"}):
+        for own in (name, f"_{name}"):
+            if own in fn.__dict__:
+                found.setdefault(name, fn.__dict__[own])
+    return found
 
 
 def _as_information(names: list[str], matrix: Array, vector: bool) -> Information:
@@ -291,17 +346,12 @@ def _as_information(names: list[str], matrix: Array, vector: bool) -> Informatio
 
 def _with(fn: Any, values: dict[str, Array]) -> Any:
     """The same distribution with other values of some arguments."""
-    others = {
-        name: fn.__dict__[name]
-        for name in fn.arg_constraints
-        if name in fn.__dict__ and name not in values
-    }
-    return type(fn)(**values, **others, validate_args=False)
+    return type(fn)(**values, **other_values(fn, list(values)), validate_args=False)
 
 
 def _from_kl(fn: Any, names: list[str]) -> Information:
     """The second derivative of ``KL(fn, other)`` by the arguments of the other, at ``fn``."""
-    vector = fn.arg_constraints[names[0]].event_dim == 1
+    vector = _event_dim(fn, names[0]) == 1
     values = [lax.stop_gradient(v) for v in arguments(fn, names).values()]
     if not vector:
         values = jnp.broadcast_arrays(*values)
@@ -326,7 +376,7 @@ def _from_kl(fn: Any, names: list[str]) -> Information:
 
 def _from_scores(fn: Any, names: list[str], rng_key: Array | None) -> Information:
     """The mean outer product of the scores of samples."""
-    vector = fn.arg_constraints[names[0]].event_dim == 1
+    vector = _event_dim(fn, names[0]) == 1
     key = jax.random.PRNGKey(0) if rng_key is None else rng_key
     values = [lax.stop_gradient(v) for v in arguments(fn, names).values()]
     if not vector:

@@ -124,7 +124,8 @@ class MatrixFreeBlock:
 
         def product(v: Array) -> Array:
             def body(total: Array, batch: tuple[Recipe, Array]) -> tuple[Array, None]:
-                return total + batch[1] * self._of_batch(batch[0], which)(v), None
+                share = batch[1].astype(v.dtype)
+                return total + share * self._of_batch(batch[0], which)(v), None
 
             return jax.lax.scan(body, jnp.zeros_like(v), (recipe, self.shares))[0]
 
@@ -136,7 +137,8 @@ class MatrixFreeBlock:
         chosen = [evidence(recipe, self.programs, self.at)[i] for i in which]
 
         def outputs(flat: Array) -> list[list[Array]]:
-            at = rebuild(every | self.scatter(flat), self.at)
+            own = {n: x.astype(every[n].dtype) for n, x in self.scatter(flat).items()}
+            at = rebuild(every | own, self.at)
             found = evidence(recipe, self.programs, at)
             return [found[i].arguments for i in which]
 
@@ -179,11 +181,12 @@ class MatrixFreeBlock:
 
 
 def apply_information(form: str, info: Array, values: list[Array]) -> list[Array]:
-    """``I v`` for one entry."""
+    """``I v`` for one entry, in the values' types."""
     if form == "scalar":
-        return [info * values[0]]
-    if form == "vector":
-        return [(info @ values[0][..., None])[..., 0]]
-    stacked = jnp.stack(values, -1)
-    product = (info @ stacked[..., None])[..., 0]
-    return [product[..., i] for i in range(len(values))]
+        found = [info * values[0]]
+    elif form == "vector":
+        found = [(info @ values[0][..., None])[..., 0]]
+    else:
+        product = (info @ jnp.stack(values, -1)[..., None])[..., 0]
+        found = [product[..., i] for i in range(len(values))]
+    return [x.astype(value.dtype) for x, value in zip(found, values, strict=True)]

@@ -7,8 +7,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from .. import branches
 from .blocks import Array, UnitBlock, mean_scale
 from .eigenbasis import EigenBasis
 
@@ -53,7 +53,7 @@ def renewed(
     """Take in a batch; the means and their eigenbases are renewed on a schedule.
 
     Layers of one schedule are renewed together: every branch costs something. A loop of one
-    turn would copy less than ``lax.cond``, but XLA moves the decompositions out of it.
+    turn would copy less than a branch, but XLA moves the decompositions out of it.
 
     Args:
         known: of the blocks, by key. blocks: the batch's.
@@ -68,21 +68,20 @@ def renewed(
 
     power = jnp.where(count <= WARM_UP, 1, every)
     scales = {b.key: mixed(known[b.key].scales, b.unit_scales()) for b in blocks}
-    means = lax.cond(
+    means = branches.cond(
         (count <= WARM_UP) | (count % every == 0),
-        lambda old: {b.key: mixed(old[b.key], b.mean_block(), power) for b in blocks},
-        lambda old: old,
+        lambda: {b.key: mixed(known[b.key].mean, b.mean_block(), power) for b in blocks},
         {b.key: known[b.key].mean for b in blocks},
     )
 
-    def bases(old: dict[str, EigenBasis]) -> dict[str, EigenBasis]:
-        return {key: EigenBasis.of(means[key] / mean_scale(scales[key])) for key in old}
+    def bases(keys: list[str]) -> dict[str, EigenBasis]:
+        return {key: EigenBasis.of(means[key] / mean_scale(scales[key])) for key in keys}
 
     found: dict[str, EigenBasis] = {}
     intervals = {b.key: max(INTERVAL, b.fan_in * every // 16) for b in blocks}
     for interval in sorted(set(intervals.values())):
         group = {key: known[key].basis for key, own in intervals.items() if own == interval}
-        found |= lax.cond(_due(count, interval), bases, lambda old: old, group)
+        found |= branches.cond(_due(count, interval), partial(bases, list(group)), group)
     return {key: Statistics(means[key], scales[key], found[key]) for key in means}
 
 

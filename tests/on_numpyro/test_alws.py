@@ -640,3 +640,25 @@ def test_bad_options(options, message):
         nh.ALWS(factors, **options)
     with pytest.raises(TypeError, match="condition must be callable"):
         nh.ALWS(factors, condition=3)
+
+
+class OnlyOne(nh.GradientModel):
+    """A regression of the user's own that counts on the sizes of the sleep set."""
+
+    def solve(self, x, targets, gamma=None):
+        """One dream for each datum: weights (N, M) and their sums (M,)."""
+        assert x.shape == targets.shape == (12, 1)
+        return jnp.eye(12), jnp.ones(12)
+
+
+def test_the_first_look_at_a_regression_has_the_sizes_of_a_step():
+    def model(x):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(loc, 1.0))
+            numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    svi = nh.ALWS(model, num_sleep=12, gradient_model=OnlyOne())
+    x = jnp.arange(12.0)
+    _, loss = svi.update(svi.init(random.key(0), x), x)
+    assert jnp.isfinite(loss)

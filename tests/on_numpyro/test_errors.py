@@ -8,8 +8,16 @@ import optax
 import pytest
 from jax import random
 from numpyro.contrib.control_flow import scan
+from numpyro.infer.autoguide import AutoDiagonalNormal
 
-from numpyro_helmholtz import RWS, WakeSleep, log_likelihood
+from numpyro_helmholtz import (
+    ALWS,
+    RWS,
+    NaturalRWS,
+    StochasticBackprop,
+    WakeSleep,
+    log_likelihood,
+)
 from numpyro_helmholtz.trace import Programs
 
 from .programs import bernoulli
@@ -201,20 +209,21 @@ def test_a_parameter_that_init_has_not_seen():
         svi.evaluate(state, jnp.ones((4, 2)))
 
 
-def test_control_flow_over_sites():
-    def bad(x):
-        def step(carry, _):
-            return carry, numpyro.sample("z", dist.Normal(carry, 1.0))
+@pytest.mark.parametrize("front", [RWS, ALWS])
+def test_control_flow_over_sites(front):
+    """The first look says it, before anybody wonders about the shapes of the steps."""
 
-        scan(step, 0.0, None, length=2)
-        model(x)
+    def chain(x, obs):
+        def step(carry, at):
+            z = numpyro.sample("z", dist.Normal(carry, 1.0))
+            numpyro.sample("x", dist.Normal(z + theta()[0], 1.0), obs=at if obs else None)
+            return z, None
 
-    def bad_guide(x):
-        guide(x)
+        scan(step, 0.0, x)
 
-    with pytest.raises(ValueError, match="Python loop|missing from the guide"):
-        svi = RWS(bad, bad_guide, num_particles=2)
-        svi.evaluate(svi.init(KEY, X), X)
+    programs = [lambda x: chain(x, True)] + [lambda x: chain(x, False)] * (front is RWS)
+    with pytest.raises(ValueError, match="Python loop"):
+        front(*programs).init(KEY, X[:, 0])
 
 
 @pytest.mark.parametrize("front", [RWS, WakeSleep])
@@ -248,3 +257,79 @@ def test_bad_programs_and_optimisers():
             RWS(model, guide, optim)
     with pytest.raises(ValueError, match="num_steps"):
         RWS(model, guide).run(KEY, 0, X)
+
+
+def test_a_factor_or_an_observed_site_in_the_guide():
+    def factor(x):
+        guide(x)
+        with numpyro.plate("data", len(x)):
+            numpyro.factor("bonus", phi().sum() * x[:, 0])
+
+    def observed(x):
+        guide(x)
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("y", dist.Bernoulli(logits=phi()[0]), obs=x[:, 0])
+
+    refuses(model, factor, X, "site 'bonus' of the guide is a numpyro.factor")
+    refuses(model, observed, X, "site 'y' of the guide is observed")
+
+
+def normal(x, point=False):
+    mean = numpyro.sample("mean", dist.Normal(theta()[0], 1.0))
+    if point:
+        numpyro.sample("copy", dist.Delta(theta()[1]), obs=-0.5)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", dist.Normal(mean, 1.0), obs=x[:, 0])
+
+
+def test_auxiliary_sites_of_an_automatic_guide():
+    refuses(normal, AutoDiagonalNormal(normal), X, "'_auto_latent' .* Auxiliary sites")
+
+
+def test_a_point_mass_at_a_parameter():
+    """No score reaches the parameters of a Delta: they would stay where they are in silence."""
+
+    def delta(x):
+        numpyro.sample("mean", dist.Delta(phi()[0]))
+
+    def wide(x):
+        numpyro.sample("mean", dist.Normal(phi()[0], 1.0))
+
+    refuses(normal, delta, X, "site 'mean' of the guide is a Delta")
+    refuses(lambda x: normal(x, point=True), wide, X, "site 'copy' of the model is a Delta")
+    constant = RWS(normal, lambda x: numpyro.sample("mean", dist.Delta(x.mean())))
+    assert jnp.isfinite(constant.evaluate(constant.init(KEY, X), X))
+    moved = StochasticBackprop(normal, delta)
+    state = moved.init(KEY, X)
+    gradient = moved.directions(state, X).gradient["phi"]
+    # of log N(m | θ, 1) + Σ log N(x | m, 1), a mean over the data, in m = φ_0
+    exact = (theta()[0] - phi()[0] + (X[:, 0] - phi()[0]).sum()) / len(X)
+    assert jnp.allclose(gradient, jnp.array([exact, 0.0]))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, jnp.nan, jnp.inf])
+def test_a_start_that_no_optimiser_can_move_from(value):
+    def bad(x, scale=value):
+        model(x)
+        numpyro.param("scale", jnp.array([1.0, scale]), constraint=dist.constraints.positive)
+
+    refuses(bad, guide, X, "parameter 'scale' starts at 1 values .* constraint")
+    svi = RWS(lambda x: bad(x, 2.0), guide, num_particles=2)
+    with pytest.raises(ValueError, match="parameter 'scale' starts at 2 values"):
+        svi.init(KEY, X, init_params={"scale": jnp.array([value, value])})
+
+
+def test_programs_without_parameters():
+    def plain(x):
+        with numpyro.plate("data", len(x)):
+            bernoulli("x", bernoulli("h", jnp.zeros(2)), obs=x)
+
+    def draws(x):
+        with numpyro.plate("data", len(x)):
+            bernoulli("h", x)
+
+    refuses(plain, draws, X, "neither the model nor the guide has parameters to train")
+    with pytest.raises(ValueError, match="neither the model nor the guide has parameters"):
+        NaturalRWS(plain, draws).init(KEY, X)
+    with pytest.raises(ValueError, match="the model has no parameters to train"):
+        ALWS(plain).init(KEY, X)

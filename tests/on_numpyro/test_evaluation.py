@@ -13,6 +13,8 @@ from jax import random
 
 from numpyro_helmholtz import evaluation
 from numpyro_helmholtz.evaluation import log_likelihood
+from numpyro_helmholtz.imputation import impute
+from numpyro_helmholtz.partition import log_partition
 
 from .programs import SBN, patterns
 
@@ -195,6 +197,7 @@ def test_a_second_call_compiles_nothing():
     ("options", "message"),
     [
         ({"num_particles": 0}, "num_particles must be at least 1"),
+        ({"num_particles": 2.5}, "num_particles must be an int, got 2.5"),
         ({"particles_at_once": 0}, "particles_at_once must be at least 1"),
         ({"batch": 0}, "batch must be at least 1"),
     ],
@@ -241,3 +244,28 @@ def test_batch_with_weights_that_do_not_separate_is_an_error():
 
     with pytest.raises(ValueError, match="do not separate by datum"):
         log_likelihood(KEY, {}, model, guide, RNG.normal(size=5), batch=2, num_particles=10)
+
+
+class Unhashable:
+    """A callable such as an Equinox module."""
+
+    __hash__ = None
+
+    def __init__(self, program):
+        self.program = program
+
+    def __call__(self, x):
+        self.program(x)
+
+
+def test_programs_that_cannot_be_hashed():
+    x = patterns(3)[:4]
+    given = (KEY, SBN_.values, Unhashable(SBN_.model), Unhashable(SBN_.guide), x)
+    plain = (*given[:2], SBN_.model, SBN_.guide, x)
+    for method, options in (
+        (log_likelihood, {"num_particles": 5}),
+        (log_partition, {"num_dreams": 2, "num_particles": 3}),
+    ):
+        close(method(*given, **options).values, method(*plain, **options).values)
+    found = [impute(*programs, x > 0, 2) for programs in (given, plain)]
+    np.testing.assert_array_equal(*found)

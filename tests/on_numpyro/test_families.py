@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpyro
 import numpyro.distributions as dist
 import pytest
 from jax import random
@@ -187,3 +188,98 @@ def test_an_error_of_a_users_rule_reaches_the_user(rules):
     model, guide, x = program(lambda h, w: Mine(w.layer("a", h, 2), 1.0).to_event(1))
     with pytest.raises(RuntimeError, match="my own mistake"):
         natural(model, guide).init(KEY, x)
+
+
+def test_a_rule_for_other_arguments_than_the_distribution_has(rules):
+    class Mine(dist.Normal):
+        pass
+
+    @nh.register_fisher(Mine)
+    def rule(d):
+        return {"location": jnp.ones_like(d.loc)}
+
+    with pytest.raises(ValueError, match=r"rule of Mine informs about \['location'\]"):
+        families.information(Mine(A, B))
+
+
+class Powered(dist.Distribution):
+    """Normal of variance ``scale**power``; the power is no parameter."""
+
+    arg_constraints = {"scale": dist.constraints.positive}
+    support = dist.constraints.real
+
+    def __init__(self, scale, power, *, validate_args=None):
+        self.scale, self._power = scale, power
+        super().__init__(jnp.shape(scale), validate_args=validate_args)
+
+    def sample(self, key, sample_shape=()):
+        return dist.Normal(0.0, self.scale ** (self._power / 2)).sample(key, sample_shape)
+
+    def log_prob(self, value):
+        return dist.Normal(0.0, self.scale ** (self._power / 2)).log_prob(value)
+
+
+def test_constructor_arguments_that_are_no_parameters_are_kept():
+    info, exact, _ = families.information(Powered(B, 3.0))
+    want = 2 * (1.5 / B) ** 2  # standard error sqrt(14/512)
+    assert not exact
+    close(info["scale"] / want, jnp.ones(3), 0.6)
+    fn = dist.DirichletMultinomial(jnp.stack([B, B + 1]), 5, total_count_max=5)
+    assert not families.information(fn)[1]
+
+
+def test_a_subclass_with_arguments_of_its_own():
+    """A Gamma's rule says nothing of the degrees of freedom."""
+    info, exact, _ = families.information(dist.Chi2(B))
+    close(info["df"], polygamma(1, B / 2) / 4, 1e-9)
+    assert exact
+
+
+def test_a_support_that_moves_has_no_exact_information():
+    info, exact, _ = families.information(dist.Uniform(A, A + B))
+    (matrix,) = info.values()
+    assert not exact and bool((jnp.diagonal(matrix, axis1=-2, axis2=-1) >= 0).all())
+
+
+def test_arguments_that_are_python_numbers():
+    def site(h, w):
+        return dist.Normal(0, jnp.exp(w.layer("a", h, 2))).to_event(1)
+
+    model, guide, x = program(site)
+
+    def centred(x):
+        model(x)
+        numpyro.sample("more", dist.Normal(0, 1), obs=0.3)
+
+    rows = {row.site: row for row in natural(centred, guide, sleep_weight=0.0).structure(KEY, x)}
+    assert rows["x"].params == ("a.w", "a.b") and rows["x"].exact
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: dist.OrderedLogistic(o[..., 0], jnp.array([-1.0, 0.0, 1.0])),
+        lambda o: dist.LowRankMultivariateNormal(o, jnp.ones((2, 1)), jnp.ones(2)),
+        lambda o: dist.BetaProportion(jax.nn.sigmoid(o[..., 0]), 2.0 + o[..., 1] ** 2),
+        lambda o: dist.NegativeBinomial2(jnp.exp(o[..., 0]), 2.0),
+        lambda o: dist.MultivariateStudentT(5.0, o, jnp.eye(2)),
+    ],
+)
+def test_a_family_without_information_is_an_error_that_names_the_site(make):
+    model, guide, x = program(lambda h, w: make(w.layer("a", h, 2)))
+    with pytest.raises(NotImplementedError, match="site 'x' of the model: .*@register_fisher"):
+        natural(model, guide).init(KEY, x)
+    nh.RWS(model, guide).init(KEY, x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: dist.ZeroInflatedPoisson(jax.nn.sigmoid(o[..., 0]), jnp.exp(o[..., 1])),
+        lambda o: dist.ZeroInflatedDistribution(dist.Poisson(3.0), gate_logits=o[..., 0]),
+    ],
+)
+def test_zero_inflated_families_have_scores(make):
+    model, guide, x = program(lambda h, w: make(w.layer("a", h, 2)))
+    (row,) = [r for r in natural(model, guide).structure(KEY, x) if r.site == "x"]
+    assert not row.exact and "scores" in row.note

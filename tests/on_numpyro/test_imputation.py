@@ -171,3 +171,14 @@ def headless(x):
 def test_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         bad(**changes)
+
+
+def test_whole_numbers_of_a_continuous_site_are_refused():
+    def continuous(x):
+        with numpyro.plate("data", len(x)):
+            h = numpyro.sample("h", dist.Categorical(jnp.ones(4) / 4))
+            numpyro.sample("x", dist.Normal(patterns(2)[h] @ W, 1.0).to_event(1), obs=x)
+
+    x = jnp.arange(6).reshape(2, 3)
+    with pytest.raises(ValueError, match="site 'x' draws float64 but x is int64"):
+        impute(KEY, {}, continuous, guide, x, x > 2, 2)

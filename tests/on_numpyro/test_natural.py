@@ -18,7 +18,7 @@ from numpyro_helmholtz.fisher.statistics import Statistics, renewed
 from numpyro_helmholtz.parameters import parameters
 
 from .oracles import KEY, close, from_blocks, program
-from .programs import SBN
+from .programs import SBN, bernoulli, of_params
 from .test_fisher import PROGRAMS
 
 FORMS = ["unit", "diagonal", "kronecker"]
@@ -337,3 +337,167 @@ def test_optax_and_the_default_optimiser():
 def test_options_out_of_range(options, word):
     with pytest.raises(ValueError, match=word):
         natural(**options)
+
+
+# batches of another size ----------------------------------------------------------------------
+
+
+def test_a_stable_update_with_another_batch_size():
+    """A step that is not finite changes no parameter and empties the memory."""
+    svi = nh.NaturalRWS(*of_params(), fisher="unit", num_particles=3)
+    step, plain = jax.jit(svi.stable_update), jax.jit(svi.update)
+    first, _ = step(svi.init(KEY, X), X)
+    fresh = svi.init(KEY, X[:5]).memory
+    good, _ = step(first, X[:5])
+    expected = svi.get_params(plain(first, X[:5])[0])
+    for name, value in svi.get_params(good).items():
+        close(value, expected[name], 1e-12)
+    bad, loss = step(first, X[:5] * jnp.nan)
+    assert not bool(jnp.isfinite(loss)) and int(bad.skipped) == 1
+    for name, value in svi.get_params(bad).items():
+        close(value, svi.get_params(first)[name], 0)
+    jax.tree.map(np.testing.assert_array_equal, bad.memory, fresh)
+    assert int(good.memory.batches) == 2
+    # As usable as a new one: the next step has its own batch's matrix.
+    other = bad._replace(memory=fresh)
+    one, two = svi.directions(bad, X[:5]), svi.directions(other, X[:5])
+    for name, value in one.natural.items():
+        close(value, two.natural[name], 0)
+        assert bool(jnp.isfinite(value).all())
+        assert not np.array_equal(value, one.gradient[name])
+
+
+def test_a_run_goes_on_with_another_batch_size():
+    svi = nh.NaturalRWS(*of_params(), fisher="unit", num_particles=3)
+    update = jax.jit(svi.update)
+    start, _ = update(svi.init(KEY, X), X)
+    found = svi.run(KEY, 3, X[:5], init_state=start, stable_update=True)
+    state, losses = start, []
+    for _ in range(3):
+        state, loss = update(state, X[:5])
+        losses.append(loss)
+    close(found.losses, jnp.stack(losses), 1e-12)
+    assert int(found.state.step) == 4 and int(found.state.skipped) == 0
+    for name, value in svi.get_params(state).items():
+        close(found.params[name], value, 1e-12)
+
+
+def test_statistics_of_exact_blocks_come_and_go_with_the_batch_size():
+    """Blocks with few rows for their features need none."""
+    model, guide, x = program(lambda h, w: PROGRAMS["bernoulli logits"][0](h, w), latents=9)
+    svi = nh.NaturalRWS(model, guide, fisher="unit", num_particles=3)
+    x = x.repeat(8, 0)
+    state = svi.init(KEY, x[:2])
+    counts = []
+    for size in (2, 32, 2):
+        state, loss = jax.jit(svi.stable_update)(state, x[:size])
+        counts.append(len(state.memory.statistics))
+        assert bool(jnp.isfinite(loss)) and int(state.skipped) == 0
+    assert counts[0] == counts[2] < counts[1]
+
+
+# parameters of both programs, and of several types --------------------------------------------
+
+
+def tied(dtype=float):
+    """One weight in both programs: the guide's turned over."""
+
+    def weight():
+        return numpyro.param("w", jnp.array([[0.5, -1.0, 0.3], [0.2, 0.8, -0.6]], dtype))
+
+    def model(x):
+        with numpyro.plate("data", len(x)):
+            h = bernoulli("h", jnp.array([0.3, -0.2]))
+            bernoulli("x", h.astype(dtype) @ weight(), obs=x)
+
+    def guide(x):
+        with numpyro.plate("data", len(x)):
+            bernoulli("h", x.astype(dtype) @ weight().T)
+
+    return model, guide
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_extra_sleep_steps_with_a_parameter_of_both_programs(form):
+    """The guide alone has a unit block; that of both programs is matrix-free."""
+    svi = nh.NaturalRWS(*tied(), numpyro.optim.SGD(0.1), 3, fisher=form, sleep_steps=2)
+    state, loss = jax.jit(svi.update)(svi.init(KEY, X), X)
+    assert bool(jnp.isfinite(loss))
+    key = random.key(5)
+    (new, _), (_, done) = jax.jit(
+        lambda s: (
+            svi._sleep_step(s, key, (X,), {}),
+            svi.estimator.sleep(
+                svi.programs, random.split(key)[0], svi.get_params(s), (X,), {}, {}
+            ),
+        )
+    )(state)
+    w, x = svi.get_params(state)["w"], done.dream.args[0]
+    h = done.dream.values["h"].astype(float)
+    p = jax.nn.sigmoid(x @ w.T)
+    g = (h - p).T @ x / len(x)
+    if form == "unit":
+        blocks = jnp.einsum("nj,nk,nl->jkl", p * (1 - p), x, x) / len(x)
+        natural = np.linalg.solve(0.1 * np.eye(3) + blocks, 1.1 * g[..., None])[..., 0]
+        close((svi.get_params(new)["w"] - w) / 0.1, natural, 1e-9)
+    else:
+        moved = (svi.get_params(new)["w"] - w) / 0.1
+        assert bool(jnp.isfinite(moved).all()) and float((moved * g).sum()) > 0
+
+
+NARROW, WIDE = jnp.dtype(jnp.float32), jnp.dtype(jnp.float64)
+
+
+def typed(narrow, draws=WIDE):
+    """The model's weight, not its bias, and the whole guide in a narrower type than the data."""
+    w, v = jnp.array([[0.5, -1.0, 0.3], [0.2, 0.8, -0.6]]), jnp.ones((3, 2))
+
+    def model(x):
+        weight, bias = numpyro.param("w", w.astype(narrow)), numpyro.param("b", jnp.ones(3))
+        with numpyro.plate("data", len(x)):
+            h = bernoulli("h", jnp.array([0.3, -0.2]))
+            bernoulli("x", h @ weight + bias, obs=x)
+
+    def guide(x):
+        weight, bias = (numpyro.param(n, a.astype(narrow)) for n, a in (("v", v), ("c", v[0])))
+        with numpyro.plate("data", len(x)):
+            bernoulli("h", (x.astype(narrow) @ weight + bias).astype(draws))
+
+    return model, guide
+
+
+def in_types(form, *types):
+    """A front end for ``typed``, its state and its directions."""
+    options = {"fisher": form, "num_particles": 3, "kl_clip": 0.5, "tolerance": 1e-6}
+    svi = nh.NaturalRWS(*typed(*types), damping=lambda step: 0.1 + 0.0 * step, **options)
+    state = svi.init(KEY, X)
+    return svi, state, svi.directions(state, X)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_programs_in_several_types(form):
+    """Directions are in the parameters' own types."""
+    svi, state, found = in_types(form, NARROW)
+    expected = in_types(form, WIDE)[2].natural
+    types = {"w": NARROW, "b": WIDE, "v": NARROW, "c": NARROW}
+    for name, value in found.natural.items():
+        assert value.dtype == found.gradient[name].dtype == types[name]
+        close(value, expected[name], 1e-5)
+    new, losses = steps(svi, state, 2)
+    assert bool(jnp.isfinite(losses).all())
+    assert all(bool(jnp.isfinite(v).all()) for v in svi.get_params(new).values())
+
+
+def test_draws_in_a_narrower_type():
+    _, _, found = in_types("kronecker", NARROW, NARROW)  # the particles are others
+    for name, value in found.natural.items():
+        assert value.dtype == found.gradient[name].dtype
+        assert float((value * found.gradient[name]).sum()) > 0
+
+
+@pytest.mark.parametrize("samples", ["lagged", "average"])
+def test_a_matrix_free_block_in_a_narrower_type(samples):
+    svi = nh.NaturalRWS(*tied(jnp.float32), num_particles=3, fisher_samples=samples)
+    state, losses = steps(svi, svi.init(KEY, X), 2)
+    assert bool(jnp.isfinite(losses).all())
+    assert svi.get_params(state)["w"].dtype == jnp.float32

@@ -1,5 +1,8 @@
 """Dreams reach the guide: by identity, by dream_args, by observations=; also under jit."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,3 +173,39 @@ def test_two_sites_of_one_object():
 def test_dreams_keep_the_datas_dtype(data):
     found = dream(body, lambda x: guide_body(1.0 * x), data)
     assert found.args[0].dtype == data.dtype
+
+
+def test_dreams_keep_fractions_where_the_data_are_whole_numbers():
+    def model(x):
+        with numpyro.plate("data", 3):
+            h = bernoulli("h", jnp.zeros(3))
+            numpyro.sample("x", dist.Normal(h, 0.3), obs=x)
+
+    whole = jnp.array([0, 2, -1])
+    check(model, guide_body, whole)
+    found = dream(model, guide_body, whole).args[0]
+    assert (found != found.round()).all()
+
+
+class Batch(NamedTuple):
+    """What a data loader may give."""
+
+    x: jax.Array
+    label: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Record:
+    """Another pytree."""
+
+    x: jax.Array
+    label: jax.Array
+
+
+@pytest.mark.parametrize("kind", [Batch, Record])
+def test_inside_named_tuples_and_other_pytrees(kind):
+    batch = kind(X, jnp.arange(3))
+    found = dream(lambda b: body(b.x), lambda b: guide_body(b.x), batch)
+    assert type(found.args[0]) is kind and found.args[0].label is batch.label
+    check(lambda b: body(b.x), lambda b: guide_body(b.x), batch)

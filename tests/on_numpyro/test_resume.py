@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 import optax
 import pytest
 from jax import random
 
-from numpyro_helmholtz import RWS, WakeSleep
+from numpyro_helmholtz import ALWS, RWS, NaturalRWS, WakeSleep
 
 from .programs import SBN, of_params
 
@@ -69,3 +70,37 @@ def test_raw_keys_work_as_well():
     state = pickle.loads(pickle.dumps(svi.init(random.PRNGKey(0), X)))
     assert state.rng_key.shape == (2,)
     assert jnp.isfinite(svi.run(random.PRNGKey(0), 2, X, progress_bar=False).losses).all()
+
+
+def of_means():
+    def model(x):
+        w = numpyro.param("w", jnp.array([[1.0, 0.5, 0.0], [0.0, 1.0, 0.3]]))
+        with numpyro.plate("data", len(x)):
+            h = numpyro.sample("h", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+            numpyro.sample("x", dist.Normal(h @ w, 1.0).to_event(1), obs=x)
+
+    return ALWS(model, num_sleep=20)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RWS(*of_params(), num_particles=3, average=True),
+        lambda: NaturalRWS(*of_params(), num_particles=3),
+        of_means,
+    ],
+)
+def test_a_state_can_be_donated(make):
+    """Its arrays are distinct, and those that it was made from stay."""
+    svi = make()
+    w = jnp.full((2, 3), 0.3)
+    state = svi.init(KEY, X, init_params={"w": w})
+    found = []
+    for options in ({}, {"donate_argnums": 0}):
+        update = jax.jit(svi.update, **options)
+        moved = jax.tree.map(jnp.copy, state) if not options else state
+        for _ in range(2):
+            moved, loss = update(moved, X)
+        found.append((svi.get_params(moved), loss))
+    same(*found)
+    assert float(w.sum()) == pytest.approx(1.8)

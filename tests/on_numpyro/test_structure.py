@@ -182,3 +182,71 @@ def test_a_frozen_weight_leaves_the_bias_with_a_block_of_its_own():
     assert rows["x"].params == ("a.b",)
     assert (rows["x"].units, rows["x"].size) == (2, 1)
     assert rows[""].params == ("a.w",)
+
+
+def mixture(loc, w):
+    weights = dist.Categorical(logits=jnp.zeros(2))
+    return dist.MixtureSameFamily(weights, dist.Normal(loc[..., None] + w("m", 2), 1.0))
+
+
+UNSEEN = {
+    "mixture": lambda h, w: mixture(w.layer("a", h, 2), w).to_event(1),
+    "mixture of bijections": lambda h, w: dist.TransformedDistribution(
+        mixture(w.layer("a", h, 2), w), [dist.transforms.ExpTransform()]
+    ).to_event(1),
+    "truncated": lambda h, w: dist.TruncatedNormal(
+        w.layer("a", h, 2), jnp.exp(w("m", 2)), low=0.0
+    ).to_event(1),
+    "inflated": lambda h, w: dist.ZeroInflatedDistribution(
+        dist.Poisson(jnp.exp(w.layer("a", h, 2) + w("m", 2))), gate=0.3
+    ).to_event(1),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_a_distribution_holds_within_has_no_information(name):
+    """Also where a parameter feeds another site, whose information alone would be too small."""
+    base, guide, x = program(UNSEEN[name])
+
+    def model(x):
+        base(x)
+        m, own = (numpyro.param(n, jnp.ones(2)) for n in ("m", "own"))
+        with numpyro.plate("others", 2):
+            numpyro.sample("y", dist.Normal(m, 1.0), obs=jnp.zeros(2))
+            numpyro.sample("z", dist.Normal(own, 1.0), obs=jnp.zeros(2))
+
+    structure = natural(model, guide, sleep_weight=0.0).structure(KEY, x)
+    rows = {n: row for row in structure for n in row.params}
+    assert rows["a.w"].kind == rows["m"].kind == "none"
+    assert (rows["a.w"].site, rows["m"].site) == ("x", "x, y")
+    assert rows["own"].site == "z" and rows["own"].exact
+    assert "x, y" in str(structure)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_factor_has_no_information(wrapped):
+    """The block is that of the draws, whether or not the model has a factor."""
+    weights = {}
+
+    def site(h, w):
+        weights["w"] = w
+        return dist.Bernoulli(logits=w.layer("a", h, 2)).to_event(1)
+
+    base, guide, x = program(site)
+
+    def model(x):
+        base(x)
+        b, c = (weights["w"](n, 2) for n in ("a.b", "alone"))
+        with numpyro.plate("data", len(x)), numpyro.handlers.mask(mask=not wrapped):
+            numpyro.factor("bonus", -jnp.square(b + c + x).sum(-1))
+
+    found = []
+    for program_ in (base, model):
+        svi = natural(program_, guide, sleep_weight=0.0, num_particles=1)
+        directions = svi.directions(svi.init(KEY, x), x)
+        (block,) = [b for b in directions.fisher.blocks if b.site == "x"]
+        found.append(block.dense())
+        assert block.exact and block.kind == "affine"
+    close(*found, 1e-12)
+    rows = {n: row for row in svi.structure(KEY, x) for n in row.params}
+    assert rows["alone"].kind == "none"

@@ -442,3 +442,20 @@ def test_dropout_keys_are_replayed():
     wake = programs.wake(KEY, {}, (x,), {})
     trace = Recipe.of_wake("guide", wake, wake.uniform(), (x,), {}).run(programs, {})
     close(trace["z"]["fn"].mean, wake.guide["z"]["fn"].mean, 0)
+
+
+def test_a_plate_of_global_latents_is_no_plate_of_data():
+    def model(x):
+        with numpyro.plate("components", 3):
+            mu = numpyro.sample("mu", normal(jnp.zeros(3)))
+        with numpyro.plate("data", 4), numpyro.plate("pixels", 2, dim=-2):
+            numpyro.sample("x", normal(mu.sum(-1, keepdims=True)), obs=x)
+
+    def guide(x):
+        with numpyro.plate("components", 3):
+            numpyro.sample("mu", normal(jnp.zeros(3)))
+
+    x = random.normal(KEY, (2, 4))
+    assert wake_of(model, guide, x).layout.num_data == 8
+    programs = Programs(model, guide, K)
+    assert programs.dream(KEY, {}, (x,), {}).layout.num_data == 8
