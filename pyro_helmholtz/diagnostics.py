@@ -66,8 +66,15 @@ class Structure:
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def describe(blocks: Sequence[Block], leaves: Mapping[str, Tensor]) -> Structure:
-    """The structure report of blocks; parameters without a block are listed last."""
+def describe(
+    blocks: Sequence[Block], leaves: Mapping[str, Tensor], uncovered: Mapping[str, list[str]]
+) -> Structure:
+    """The structure report of blocks; parameters without a block are listed last.
+
+    Args:
+        blocks: of the Fisher matrix. leaves: the parameters by name.
+        uncovered: the sites that parameters without a block feed, where known.
+    """
     rows = []
     covered: set[str] = set()
     for block in blocks:
@@ -90,7 +97,7 @@ def describe(blocks: Sequence[Block], leaves: Mapping[str, Tensor]) -> Structure
         )
     for name in leaves:
         if name not in covered:
-            rows.append(
-                Row((name,), "", "none", 0, 0, 0, False, "plain gradient", "no Fisher information")
-            )
+            site = ", ".join(uncovered.get(name, []))
+            note = "no Fisher information"
+            rows.append(Row((name,), site, "none", 0, 0, 0, False, "plain gradient", note))
     return Structure(tuple(rows))

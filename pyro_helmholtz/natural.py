@@ -161,7 +161,12 @@ class NaturalSVI(HelmholtzSVI):
         self._steps += 1
 
     def _blocks(
-        self, done: Pass, leaves: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]
+        self,
+        done: Pass,
+        leaves: dict[str, Tensor],
+        args: tuple,
+        kwargs: dict[str, Any],
+        uncovered: dict[str, list[str]] | None = None,
     ) -> list[Block]:
         """The blocks of this batch; run before the backward pass frees the graph."""
         wake = done.wake
@@ -181,7 +186,7 @@ class NaturalSVI(HelmholtzSVI):
             model = source("model", wake.model, self.estimator.weights(wake), wake.layout, False)
         guide = source("guide", wake.guide, wake.uniform(), wake.layout, False)
         with torch.no_grad():
-            return assemble([model, guide], leaves, self.programs, self._finder)
+            return assemble([model, guide], leaves, self.programs, self._finder, uncovered)
 
     def directions(self, *args: Any, **kwargs: Any) -> Directions:
         """The gradient, the natural direction and the operator between them.
@@ -206,8 +211,9 @@ class NaturalSVI(HelmholtzSVI):
         self._resume(args, kwargs)
         done = self.estimator.run(self.programs, args, kwargs)
         leaves = done.leaves()
-        fisher = self._operator(self._blocks(done, leaves, args, kwargs))
-        return describe(fisher.blocks, leaves)
+        uncovered: dict[str, list[str]] = {}
+        fisher = self._operator(self._blocks(done, leaves, args, kwargs, uncovered))
+        return describe(fisher.blocks, leaves, uncovered)
 
     def state_dict(self) -> dict[str, Any]:
         """As the base's, with the Fisher matrix's memory."""

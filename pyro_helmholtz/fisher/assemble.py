@@ -70,14 +70,19 @@ def _ignores_shifts(entry: Entry) -> bool:
 
 
 def assemble(
-    sources: list[Source], tensors: Mapping[str, Tensor], programs: Programs, finder: Finder
+    sources: list[Source],
+    tensors: Mapping[str, Tensor],
+    programs: Programs,
+    finder: Finder,
+    uncovered: dict[str, list[str]] | None = None,
 ) -> list[Block]:
     """The blocks of the Fisher matrix on one batch.
 
     Args:
         sources: the model's and the guide's entries, graphs alive.
         tensors: the parameters' leaves by name. programs: to run them again.
-        finder: what the entries were made with.
+        finder: what the entries were made with. uncovered: takes the sites that parameters feed
+            for which there is no block, by the parameter's name.
 
     Returns:
         Blocks whose parameters are disjoint. Parameters that no information covers are in
@@ -97,11 +102,18 @@ def assemble(
                 group.names |= other.names
             groups[id(group)] = group
             owner |= dict.fromkeys(group.names, group)
-    return [
-        _block(group, sources, tensors, programs)
-        for group in groups.values()
-        if all(found.entry.form != "none" for _, found in group.found)
-    ]
+    blocks: list[Block] = []
+    for group in groups.values():
+        if all(found.entry.form != "none" for _, found in group.found):
+            blocks.append(_block(group, sources, tensors, programs))
+        elif uncovered is not None:
+            uncovered |= {name: _sites(group, name) for name in group.names}
+    return blocks
+
+
+def _sites(group: _Group, name: str) -> list[str]:
+    """The sites that a parameter feeds."""
+    return list(dict.fromkeys(f.entry.site for _, f in group.found if name in f.entry.names))
 
 
 def _block(

@@ -19,7 +19,14 @@ from torch import Tensor
 from ..finder import Finder, Use
 from ..layout import Layout
 from ..trace import site_log_prob, stochastic_sites
-from .families import Base, argument_names, constant_transforms, information, unwrap
+from .families import (
+    Base,
+    argument_names,
+    constant_transforms,
+    information,
+    inner_tensors,
+    unwrap,
+)
 
 
 @dataclass(slots=True)
@@ -77,7 +84,9 @@ def entries(
         base = unwrap(site["fn"])
         names = argument_names(base.fn)
         uses = {n: finder.use((program, name, n), getattr(base.fn, n)) for n in names}
-        if not any(use.names for use in uses.values()) and constant_transforms(base.transforms):
+        inner = [value for value in inner_tensors(base.fn) if value.requires_grad]
+        constant = not inner and constant_transforms(base.transforms)
+        if constant and not any(use.names for use in uses.values()):
             continue
         weight = None if weights is None else weights[layout.key(site)]
         try:
@@ -105,6 +114,7 @@ def entries(
             yield Entry(name, taken, form, weighted, exact, how)
         loose = [n for k in names if k not in covered for n in uses[k].names]
         loose += _in_transforms(base.transforms, finder)
+        loose += [n for i, v in enumerate(inner) for n in finder.use((name, "inner", i), v).names]
         if loose:
             yield Entry(name, [], "none", torch.zeros(()), False, "no Fisher information", loose)
 

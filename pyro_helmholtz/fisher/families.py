@@ -16,6 +16,7 @@ exact; failing that, by Monte-Carlo scores, and the structure report says so.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -232,16 +233,44 @@ def argument_names(fn: Any) -> list[str]:
     return names
 
 
+def inner_tensors(fn: Any) -> list[Tensor]:
+    """Tensors of the distributions that one was made with, such as a mixture's components."""
+    held = fn.__dict__
+    found: list[Tensor] = []
+    for name in _constructor_names(fn.__class__):
+        for value in (held.get(name), held.get("_" + name)):
+            if isinstance(value, torch.distributions.Distribution):
+                found += _all_tensors(value)
+    return found
+
+
+def _all_tensors(fn: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in vars(fn).values():
+        if torch.is_tensor(value):
+            found.append(value)
+        elif isinstance(value, torch.distributions.Distribution):
+            found += _all_tensors(value)
+    return found
+
+
+@functools.cache
+def _constructor_names(cls: Any) -> tuple[str, ...]:
+    """What a distribution's constructor takes, in order."""
+    names = inspect.signature(cls.__init__).parameters
+    return tuple(name for name in names if name not in ("self", "validate_args"))
+
+
 def _fresh(fn: Any, values: dict[str, Tensor]) -> Any:
     """The distribution with other values of its arguments.
 
     Raises:
         NotImplementedError: its constructor does not take them again.
     """
-    taken = inspect.signature(type(fn).__init__).parameters
     either = {"probs", "logits"} if values.keys() & {"probs", "logits"} else set()
-    skipped = values.keys() | either | {"self", "validate_args"}
-    others = {n: getattr(fn, n) for n in taken if n not in skipped and hasattr(fn, n)}
+    skipped = values.keys() | either
+    taken = [name for name in _constructor_names(fn.__class__) if name not in skipped]
+    others = {name: getattr(fn, name) for name in taken if hasattr(fn, name)}
     try:
         return type(fn)(**values, **others)
     except (TypeError, ValueError) as error:

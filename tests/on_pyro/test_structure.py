@@ -167,3 +167,43 @@ def test_frozen_weight_leaves_the_bias_with_a_block_of_its_own():
     rows = {row.site: row for row in natural(model, guide).structure(x)}
     assert rows["x"].params == ("net$$$a.bias",)
     assert (rows["x"].units, rows["x"].size) == (2, 1)
+
+
+def mixture(loc):
+    weights = dist.Categorical(logits=torch.zeros(2, dtype=D))
+    return dist.MixtureSameFamily(weights, dist.Normal(loc, 1.0))
+
+
+UNSEEN = {
+    "mixture": lambda h, m: mixture(h[..., None] + m).to_event(1),
+    "mixture of bijections": lambda h, m: dist.TransformedDistribution(
+        mixture(h[..., None] + m), [dist.transforms.ExpTransform()]
+    ).to_event(1),
+    "masked mixture": lambda h, m: dist.MaskedMixture(
+        torch.tensor([True, False]), dist.Normal(h + m, 1.0), dist.Normal(-h, 1.0)
+    ).to_event(1),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_a_distribution_holds_within_has_no_information(name):
+    """Also where a parameter feeds another site, whose information alone would be too small."""
+
+    def model(x):
+        m, own = (pyro.param(n, torch.ones(2, dtype=D)) for n in ("m", "own"))
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2, dtype=D)).to_event(1))
+            pyro.sample("x", UNSEEN[name](h, m), obs=x)
+        with pyro.plate("others", 2):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=torch.zeros(2, dtype=D))
+            pyro.sample("z", dist.Normal(own, 1.0), obs=torch.zeros(2, dtype=D))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2, dtype=D)).to_event(1))
+
+    structure = natural(model, guide, sleep_weight=0.0).structure(torch.ones(4, 2, dtype=D))
+    rows = {n: row for row in structure for n in row.params}
+    assert (rows["m"].kind, rows["m"].site) == ("none", "x, y")
+    assert rows["own"].site == "z" and rows["own"].exact
+    assert "x, y" in str(structure)
