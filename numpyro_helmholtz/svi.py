@@ -80,8 +80,9 @@ class HelmholtzSVI:
 
     Particles are a batch dimension of the programs. So a latent or a factor outside the data's
     plate makes the weights of all data joint: one of each particle for the whole batch, of the
-    sum of its log-weights. And ``random_flax_module`` is not supported: a network that is itself
-    a sample would have to run once for each particle.
+    sum of its log-weights. Scales, of subsampling too, multiply the finished directions and never
+    the weights. ``random_flax_module`` is not supported: a network that is itself a sample would
+    have to run once for each particle.
 
     Args:
         model: a NumPyro program with observed sites. guide: one with the same arguments and

@@ -48,6 +48,10 @@ class Directions:
 class HelmholtzSVI:
     """Base of the front ends.
 
+    A latent or a factor outside the data's plate makes the weights of all data joint: one of each
+    particle for the whole batch, of the sum of its log-weights. Scales, of subsampling too,
+    multiply the finished directions and never the weights.
+
     Args:
         model: a Pyro program with observed sites. guide: one with the same arguments and the
             same latents.

@@ -39,7 +39,7 @@ def register_fisher(distribution: type) -> Callable[[R], R]:
     """Register the Fisher information of a distribution's arguments.
 
     Args:
-        distribution: the class; subclasses inherit the rule.
+        distribution: the class; subclasses with the same arguments inherit the rule.
 
     Returns:
         A decorator for a function ``rule(d) -> information`` (see the module's text).
@@ -199,19 +199,36 @@ def information(fn: Any, names: list[str] | None = None) -> tuple[Information, b
     Raises:
         NotImplementedError: there is no rule for it, and it cannot be made again from its
             arguments.
+        ValueError: its own rule is about other arguments than it has.
     """
     names = argument_names(fn) if names is None else names
-    for cls in type(fn).__mro__:
-        if cls in _RULES and (found := _RULES[cls](fn)):
-            keys = {name for key in found for name in ([key] if isinstance(key, str) else key)}
-            if keys <= set(names):  # a subclass may have arguments of its own
-                return found, True, "closed form"
+    found = _by_rule(fn, names)
+    if found is not None:
+        return found, True, "closed form"
     if not names:
         return {}, True, "no arguments"
     try:
         return _from_kl(fn, names), True, "second derivative of the KL divergence"
     except (NotImplementedError, TypeError, ValueError, RuntimeError):
         return _from_scores(fn, names), False, f"Monte-Carlo scores ({SCORE_SAMPLES} samples)"
+
+
+def _by_rule(fn: Any, names: list[str]) -> Information | None:
+    """By the registered rule of its class, or of a base class with the same arguments."""
+    for cls in fn.__class__.__mro__:
+        if cls not in _RULES:
+            continue
+        found = _RULES[cls](fn)
+        keys = {name for key in found for name in ([key] if isinstance(key, str) else key)}
+        if found and keys <= set(names):
+            return found
+        known = set(fn.arg_constraints)
+        if cls is fn.__class__ and not keys <= known:
+            raise ValueError(
+                f"the rule of {cls.__name__} informs about {sorted(keys)}, but its arguments are "
+                f"{sorted(known)}."
+            )
+    return None
 
 
 def argument_names(fn: Any) -> list[str]:

@@ -256,3 +256,15 @@ def test_a_family_without_information_is_an_error_that_names_the_site(make):
         ph.NaturalRWS(model, guide, sleep_weight=0.0).step(x)
     assert torch.equal(layer.weight, before)
     ph.RWS(model, guide, sleep_weight=0.0).step(x)
+
+
+def test_a_rule_for_other_arguments_than_the_distribution_has(rules):
+    class Mine(dist.Normal):
+        pass
+
+    @ph.register_fisher(Mine)
+    def rule(d):
+        return {"location": torch.ones_like(d.loc)}
+
+    with pytest.raises(ValueError, match=r"rule of Mine informs about \['location'\]"):
+        families.information(Mine(A, B))
