@@ -25,8 +25,11 @@ def cond(predicate: Array, taken: Callable[[], Any], known: Any) -> Any:
     Args:
         predicate: a boolean. taken: gives a pytree as ``known``. known: a pytree of arrays.
     """
-    result = lambda: _chosen(predicate, taken(), known)  # noqa: E731
-    return lax.cond(_largest(predicate), result, lambda: known)
+
+    def renewed() -> Any:
+        return _chosen(predicate, taken(), known)
+
+    return lax.cond(_largest(predicate), renewed, lambda: known)
 
 
 def switch(index: Array, branches: Sequence[Callable[[Any], Any]], operand: Any) -> Any:

@@ -101,6 +101,8 @@ class HelmholtzSVI:
         ValueError: an option out of its range.
     """
 
+    untrained = "neither the model nor the guide has parameters to train."
+
     def __init__(
         self,
         model: Callable,
@@ -124,8 +126,6 @@ class HelmholtzSVI:
         self._stepped = jax.jit(self._step, static_argnames="stable")
         self._evaluate = jax.jit(self._bound)
         self._passed = jax.jit(lambda state, arguments: self._pass(state, *arguments.rebuilt()))
-
-    untrained = "neither the model nor the guide has parameters to train."
 
     def default_optimiser(self) -> Any:
         """What ``optim=None`` means."""

@@ -17,9 +17,10 @@ X = random.bernoulli(KEY, 0.4, (6, 3)).astype(float)
 
 
 def doubled(predicate, x):
-    known = {"x": x, "key": random.key(1)}
-    taken = lambda: {"x": 2 * x, "key": random.key(2)}  # noqa: E731
-    return branches.cond(predicate, taken, known)
+    def taken():
+        return {"x": 2 * x, "key": random.key(2)}
+
+    return branches.cond(predicate, taken, {"x": x, "key": random.key(1)})
 
 
 @pytest.mark.parametrize("which", [[False, False, False], [True, False, True], [True] * 3])
@@ -46,9 +47,12 @@ def test_alone_and_in_two_batches():
 
 def test_the_largest_index_of_a_batch_counts():
     ways = [lambda x, k=k: x + 10.0 * k for k in range(3)]
-    f = lambda i, x: branches.switch(i, ways, x)  # noqa: E731
-    assert (jax.vmap(f)(jnp.array([0, 1]), jnp.zeros(2)) == 10.0).all()
-    assert f(jnp.array(2), 1.0) == 21.0
+
+    def chosen(i, x):
+        return branches.switch(i, ways, x)
+
+    assert (jax.vmap(chosen)(jnp.array([0, 1]), jnp.zeros(2)) == 10.0).all()
+    assert chosen(jnp.array(2), 1.0) == 21.0
 
 
 def eigenbases(jaxpr, inside=False):
