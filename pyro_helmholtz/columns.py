@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ class Columns:
     transposed: bool
     shape: tuple[int, int]
 
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether the leaf is the matrix."""
+        return self.index is None and not self.transposed and self.leaf_shape == self.shape
+
     @classmethod
     def of(cls, leaf: Tensor, index: Tensor) -> Columns:
         """From the flat index of the leaf in each (unit, column)."""
@@ -44,6 +50,8 @@ class Columns:
 
     def to_units(self, value: Tensor) -> Tensor:
         """A tensor in the leaf's shape as (units, columns)."""
+        if self._plain:
+            return value
         if self.index is not None:
             return value.reshape(-1)[self.index]
         if self.transposed:
@@ -52,6 +60,8 @@ class Columns:
 
     def to_leaf(self, value: Tensor) -> Tensor:
         """The inverse of ``to_units``."""
+        if self._plain:
+            return value
         if self.index is not None:
             flat = torch.empty(self.leaf_shape.numel(), dtype=value.dtype, device=value.device)
             flat[self.index.reshape(-1)] = value.reshape(-1)

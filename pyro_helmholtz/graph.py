@@ -185,6 +185,8 @@ class Link:
         if self.special is not None:
             value = self.special(value)
         elif not self.elementwise and kind(self.node) in LAYOUT:
+            if value.numel() == self.shape.numel() and kind(self.node) in IN_ORDER:
+                return value.reshape(self.shape)
             grads: list[Tensor | None] = [None] * len(self.node._input_metadata)
             for i, meta in enumerate(self.node._input_metadata):
                 grads[i] = (

@@ -59,6 +59,8 @@ class Layout:
 
     def key(self, site: Site) -> tuple:
         """Which turn of the shared sequential plates a site belongs to."""
+        if not self.sequential:
+            return ()
         counters = {f.name: f.counter for f in site["cond_indep_stack"]}
         return tuple(counters[name] for name in self.sequential)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Route:
 
 
 def fingerprint(node: Any, inputs: tuple) -> tuple:
-    """What a search sees of a node: its name, shapes, missing inputs, every saved setting."""
+    """What a search sees of a node: its name, shapes, kinds of inputs, every saved setting."""
     name = node.name()
     settings = _SETTINGS.get(name)
     if settings is None:
@@ -95,9 +96,9 @@ def fingerprint(node: Any, inputs: tuple) -> tuple:
         _SETTINGS[name] = settings
     return (
         name,
-        [m.shape for m in node._input_metadata],
-        [child is None for child, _ in inputs],
-        [_plain(getattr(node, attribute)) for attribute in settings],
+        list(map(_SHAPE, node._input_metadata)),
+        list(map(type, map(_FIRST, inputs))),
+        [_plain(getattr(node, attribute)) for attribute in settings] if settings else None,
         name.startswith(_SUMS) and graph.normalises(node),
     )
 
@@ -117,6 +118,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, tuple, type(None))) else str(value)
 
 
+_SHAPE, _FIRST = attrgetter("shape"), itemgetter(0)
 _SETTINGS: dict[str, tuple[str, ...]] = {}
 _SUMS = ("Sub", "Div")
 _OPERANDS = frozenset(

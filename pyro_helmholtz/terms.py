@@ -110,7 +110,8 @@ class Term:
             value = getattr(node, operands[self.side])
             if self.side == 0:
                 value = value.transpose(-1, -2)
-            value = value.reshape(-1, value.shape[-1])
+            if value.ndim != 2:
+                value = value.reshape(-1, value.shape[-1])
         value = value.detach()
         return value if self.factor == 1.0 else value * self.factor
 

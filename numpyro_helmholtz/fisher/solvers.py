@@ -132,20 +132,21 @@ def in_sample_space(
         return (error > tolerance) & (done < max_iterations)
 
     def iterate(state: tuple) -> tuple:
-        y, r, p, rz, _, done = state
+        y, r, p, rz, overlap, _, done = state
         product = root * ((root * p) @ gram) + damping * p
         step = rz / jnp.maximum(inner(p, product), tiny)
         y, r = y + step * p, r - step * product
         along, new = lengths(r)
-        # ‖V B⁻¹ r‖ ≤ ‖r‖ / 2√α, and ‖g − V y‖² = ‖g‖² − yᵀ(b + r) − α‖y‖²
-        length = square - (y * (b + r + damping * y)).sum()
+        overlap = overlap + (step * rz).sum()
+        # ‖V B⁻¹ r‖ ≤ ‖r‖ / 2√α, and ‖g − V y‖² = ‖g‖² − yᵀb − α‖y‖², since yᵀr = 0
+        length = square - overlap - damping * (y * y).sum()
         error = jnp.sqrt((r * r).sum() / (4 * damping * jnp.maximum(length, tiny)))
         ratio = new / jnp.maximum(rz, tiny)
-        return y, r, r * inverse - turned * along + ratio * p, new, error, done + 1
+        return y, r, r * inverse - turned * along + ratio * p, new, overlap, error, done + 1
 
     along, rz = lengths(b)
     one, zero = jnp.ones((), g.dtype), jnp.zeros((), int)
-    start = (jnp.zeros_like(b), b, b * inverse - turned * along, rz, one, zero)
+    start = (jnp.zeros_like(b), b, b * inverse - turned * along, rz, 0 * one, one, zero)
     y, *_, error, done = lax.while_loop(go_on, iterate, start)
     return Solution((1 + damping) / damping * (g - (y * root) @ features), done, error)
 

@@ -95,7 +95,7 @@ def assemble(
         for entry in source.entries:
             found = find(entry, finder, roots)
             group = _Group([(s, found)], set(entry.names))
-            joined = {id(owner[name]): owner[name] for name in entry.names if name in owner}
+            joined = {id(owner[name]): owner[name] for name in group.names if name in owner}
             for key, other in joined.items():
                 del groups[key]
                 group.found = other.found + group.found

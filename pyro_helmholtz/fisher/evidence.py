@@ -104,7 +104,7 @@ def entries(
                 continue
             assert element is not None
             extra = value.ndim - len(base.fn.batch_shape)
-            weighted = value * element.reshape(element.shape + (1,) * extra)
+            weighted = value * (element.reshape(element.shape + (1,) * extra) if extra else element)
             taken: list[tuple[Hashable, Use]] = [((program, name, k), uses[k]) for k in keys]
             if len(keys) > 1:
                 taken, weighted = _coupled(taken, weighted, finder)

@@ -110,11 +110,12 @@ def in_sample_space(
     root = coefficients.sqrt().t().contiguous()
     gram = features @ features.t()
     precondition = _diagonal_and_one(root, gram, coefficients.sum(1), damping)
-    b = (g @ features.t()).mul_(root)
+    r = (g @ features.t()).mul_(root)  # at first b = V_jᵀ g_j
     norm = g.square().sum()
-    y, r = torch.zeros_like(b), b.clone()
+    y = torch.zeros_like(r)
     p = precondition(r)
     rz = (r * p).sum(-1, keepdim=True)
+    overlap = torch.zeros_like(norm)  # yᵀb
     done, error = 0, 1.0
     while done < max_iterations:
         done += 1
@@ -122,8 +123,9 @@ def in_sample_space(
         step = _ratio(rz, (p * product).sum(-1, keepdim=True))
         y.addcmul_(step, p)
         r.addcmul_(step, product, value=-1)
-        # ‖V B⁻¹ r‖ ≤ ‖r‖ / 2√α, and ‖g − V y‖² = ‖g‖² − yᵀ(b + r) − α‖y‖²
-        length = norm - _dot(y, b) - _dot(y, r) - damping * _dot(y, y)
+        # ‖V B⁻¹ r‖ ≤ ‖r‖ / 2√α, and ‖g − V y‖² = ‖g‖² − yᵀb − α‖y‖², since yᵀr = 0
+        overlap = overlap + (step * rz).sum()
+        length = norm - overlap - damping * _dot(y, y)
         error = float((_dot(r, r) / (4 * damping * length.clamp(min=1e-30))).sqrt())
         if error <= tolerance:
             break
