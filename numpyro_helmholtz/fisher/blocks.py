@@ -26,7 +26,7 @@ Array = Any
 Arrays = Mapping[str, Array]
 
 
-KRONECKER_SLACK = 0.3
+KRONECKER_SLACK = 0.35
 
 
 @dataclass

@@ -122,7 +122,10 @@ def _block(
     reason = next((f.reason for _, f in group.found if f.reason), "")
     if not reason:
         try:
-            return _unit_block(group)
+            block = _unit_block(group)
+            # The guide's particles weigh alike.
+            block.weighted = any(sources[s].recipe.program == "model" for s, _ in group.found)
+            return block
         except Opaque as error:
             reason = str(error)
     return _matrix_free(group, sources, tensors, programs, reason)

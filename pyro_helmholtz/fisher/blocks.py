@@ -22,7 +22,7 @@ from .matrix_free import MatrixFreeBlock
 from .solvers import Operator, Solution
 
 Tensors = Mapping[str, Tensor]
-KRONECKER_SLACK = 0.3
+KRONECKER_SLACK = 0.35
 PRECONDITIONER_SLACK = 0.2
 ROWS = 1.5  # up to so many rows for each input the space of the samples is the cheaper one
 
@@ -120,7 +120,8 @@ class UnitBlock:
     Attributes:
         sites: the sites that the parameters feed. kind: affine, convolution, …, direct.
         components: d of them. parts: rows of one or several batches. exact: the information.
-        how: where the information comes from.
+        how: where the information comes from. weighted: whether the rows' weights may be
+            unlike, so that some are negligible.
     """
 
     sites: list[str]
@@ -133,6 +134,7 @@ class UnitBlock:
     scales: Tensor | None = None
     solver: str = "unit"
     tolerance: float = 1e-2
+    weighted: bool = True
 
     @property
     def site(self) -> str:
@@ -313,8 +315,10 @@ class UnitBlock:
             return Solution(self._inverse(damping, KRONECKER_SLACK, 1 + damping)(g))
         if self.way() == "dense":
             return solvers.cholesky(self.dense(), g, damping)
-        slack = self.tolerance * damping / (4 * len(self.parts))
-        fewer = replace(self, parts=[part.without_idle_rows(slack) for part in self.parts])
+        fewer = self
+        if self.weighted:
+            slack = self.tolerance * damping / (4 * len(self.parts))
+            fewer = replace(self, parts=[part.without_idle_rows(slack) for part in self.parts])
         if fewer.way() == "samples":
             u = joined([part.features for part in fewer.parts])
             q = joined([part.coefficients for part in fewer.parts])
