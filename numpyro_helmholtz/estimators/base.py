@@ -74,6 +74,13 @@ def score(trace: Trace, layout: Layout, weights: Array | None, *, observed: bool
     return jnp.asarray(total / layout.num_data)
 
 
+def checked_scale(sleep_scale: float) -> float:
+    """The factor of the sleep direction, where it is one."""
+    if not 0 <= sleep_scale < math.inf:
+        raise ValueError(f"sleep_scale must be finite and not negative, got {sleep_scale!r}.")
+    return float(sleep_scale)
+
+
 class HelmholtzELBO(ELBO):
     """Base of the estimators, with the interface that ``numpyro.infer.SVI`` asks for.
 

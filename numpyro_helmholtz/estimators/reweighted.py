@@ -7,7 +7,7 @@ from typing import Any
 from jax import Array
 
 from ..trace import Params, Programs
-from .base import HelmholtzELBO, Pass, score, split, wake_pass
+from .base import HelmholtzELBO, Pass, checked_scale, score, split, wake_pass
 
 
 class RWS_ELBO(HelmholtzELBO):
@@ -28,7 +28,7 @@ class RWS_ELBO(HelmholtzELBO):
         max_plate_nesting, dream_args: see ``HelmholtzELBO``.
 
     Raises:
-        ValueError: ``sleep_weight`` outside [0, 1].
+        ValueError: ``sleep_weight`` outside [0, 1], ``sleep_scale`` negative or not finite.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class RWS_ELBO(HelmholtzELBO):
             raise ValueError(f"sleep_weight must be between 0 and 1, got {sleep_weight!r}.")
         super().__init__(num_particles, **options)
         self.sleep_weight = float(sleep_weight)
-        self.sleep_scale = float(sleep_scale)
+        self.sleep_scale = checked_scale(sleep_scale)
         self.baseline = baseline
 
     def run(

@@ -70,6 +70,13 @@ def score(
     return torch.zeros(()) if total is None else total / layout.num_data
 
 
+def checked_scale(sleep_scale: float) -> float:
+    """The factor of the sleep direction, where it is one."""
+    if not 0 <= sleep_scale < math.inf:
+        raise ValueError(f"sleep_scale must be finite and not negative, got {sleep_scale!r}.")
+    return float(sleep_scale)
+
+
 class HelmholtzELBO(ELBO):
     """Base of the estimators, with the interface that ``pyro.infer.SVI`` asks for.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..trace import Programs, Wake
-from .base import HelmholtzELBO, Pass, score
+from .base import HelmholtzELBO, Pass, checked_scale, score
 
 
 class RWS_ELBO(HelmholtzELBO):
@@ -26,7 +26,7 @@ class RWS_ELBO(HelmholtzELBO):
         max_plate_nesting, dream_args: see ``HelmholtzELBO``.
 
     Raises:
-        ValueError: ``sleep_weight`` outside [0, 1].
+        ValueError: ``sleep_weight`` outside [0, 1], ``sleep_scale`` negative or not finite.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RWS_ELBO(HelmholtzELBO):
             raise ValueError(f"sleep_weight must be between 0 and 1, got {sleep_weight!r}.")
         super().__init__(num_particles, **options)
         self.sleep_weight = float(sleep_weight)
-        self.sleep_scale = float(sleep_scale)
+        self.sleep_scale = checked_scale(sleep_scale)
         self.baseline = baseline
 
     def run(self, programs: Programs, args: tuple, kwargs: dict[str, Any]) -> Pass:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..trace import Programs
-from .base import HelmholtzELBO, Pass, score
+from .base import HelmholtzELBO, Pass, checked_scale, score
 
 
 class WakeSleep_ELBO(HelmholtzELBO):
@@ -19,11 +19,14 @@ class WakeSleep_ELBO(HelmholtzELBO):
     Args:
         num_particles: K. sleep_scale: factor of the sleep direction (rescaled sleep).
         max_plate_nesting, dream_args: see ``HelmholtzELBO``.
+
+    Raises:
+        ValueError: ``sleep_scale`` negative or not finite.
     """
 
     def __init__(self, num_particles: int = 1, *, sleep_scale: float = 1.0, **options: Any) -> None:
         super().__init__(num_particles, **options)
-        self.sleep_scale = float(sleep_scale)
+        self.sleep_scale = checked_scale(sleep_scale)
 
     def run(self, programs: Programs, args: tuple, kwargs: dict[str, Any]) -> Pass:
         """Run the wake and the sleep phase."""

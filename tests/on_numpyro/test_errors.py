@@ -238,6 +238,8 @@ def test_bad_number_of_particles(front, particles):
     [
         ({"sleep_weight": 1.5}, "sleep_weight"),
         ({"sleep_weight": -0.1}, "sleep_weight"),
+        ({"sleep_scale": -1.0}, "sleep_scale"),
+        ({"sleep_scale": float("nan")}, "sleep_scale"),
         ({"sleep_steps": 0}, "sleep_steps"),
         ({"sleep_steps": 1.5}, "sleep_steps"),
     ],
