@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Operator = Callable[[Tensor], Tensor]
-CHOLESKY_SIZE = 48
+CHOLESKY_SIZE = 24
 
 
 @dataclass
