@@ -94,8 +94,9 @@ def assemble(
         roots: dict[tuple, Root] = {}
         for entry in source.entries:
             found = find(entry, finder, roots)
-            group = _Group([(s, found)], set(entry.names))
-            joined = {id(owner[name]): owner[name] for name in group.names if name in owner}
+            names = entry.names  # in order: sets of strings have another in each process
+            group = _Group([(s, found)], set(names))
+            joined = {id(owner[name]): owner[name] for name in names if name in owner}
             for key, other in joined.items():
                 del groups[key]
                 group.found = other.found + group.found
