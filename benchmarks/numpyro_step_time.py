@@ -153,7 +153,7 @@ def measure(args: argparse.Namespace, widths: list[int], x: Array) -> dict[str, 
         first = timed(blocks[name])
         results[name] = {"compile_s": first - timed(blocks[name]), "ms": []}
         for _ in range(0, args.warm_up, args.steps):
-            blocks[name]()
+            timed(blocks[name])  # waits: else it would run on into the next one's time
     for _ in range(args.repetitions):
         for name, block in blocks.items():
             results[name]["ms"].append(timed(block) / args.steps * 1e3)

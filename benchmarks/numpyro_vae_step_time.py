@@ -29,6 +29,7 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array, lax, random
 from numpyro.infer import SVI, Trace_ELBO
+from numpyro_step_time import timed
 
 import numpyro_helmholtz as nh
 from numpyro_helmholtz.datasets import load
@@ -90,13 +91,6 @@ def make_front_end(name: str, args: argparse.Namespace) -> Any:
     return nh.StochasticBackprop(
         model, guide, optim, args.particles, max_plate_nesting=1, **options
     )
-
-
-def timed(block: Callable) -> float:
-    """Seconds that a block takes until its result is there."""
-    start = time.perf_counter()
-    jax.block_until_ready(block())
-    return time.perf_counter() - start
 
 
 def measure(names: list[str], args: argparse.Namespace) -> dict[str, dict]:
