@@ -15,6 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from .. import branches
 from ..columns import Columns
@@ -235,10 +236,12 @@ class UnitBlock:
         quarter or half of the rows serve, solved in their own space, if in every block the
         others' share of ``α + tr F_j`` is below a quarter of the tolerance.
         """
-        square = (self.features**2).sum(1)
-        order = jnp.argsort(-self.coefficients.max(1) * square)
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(self.rows))
         counts = [c for c in (self.rows // 4, self.rows // 2) if self._few_rows(c)]
+        if not counts:
+            return self._with_all_rows(g, damping)
+        square = (self.features**2).sum(1)
+        order = lax.top_k(self.coefficients.max(1) * square, counts[-1])[1]
+        place = jnp.full(self.rows, self.rows).at[order].set(jnp.arange(counts[-1]))
         left = jnp.where(place >= np.array([[0], *([c] for c in counts)]), square, 0)
         left = left @ self.coefficients  # of all rows, then without the first so many
         idle = (left[1:] <= self.tolerance / 4 * (damping + left[0])).all(1)

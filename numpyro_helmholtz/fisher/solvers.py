@@ -107,69 +107,82 @@ def in_sample_space(
     ``B_j y_j = V_jᵀ g_j`` and ``B_j = αI + V_jᵀV_j``. ``UUᵀ`` serves all units, so that a step
     of conjugate gradients costs units·n² instead of units·n·fan-in. Idle rows do no harm.
 
+    The error of x is ``‖V B⁻¹ r‖`` with the residual ``r = μa + s``, where a is the mean's part
+    of B: ``‖V B⁻¹ s‖ ≤ ‖s‖ / 2√α``, and ``‖V B⁻¹ a‖² ≤ |a|² / (α + |a|²)``, since B is at least
+    ``αI + aaᵀ``. Most of the residual may stand along a, where it counts least.
+
     Args:
         features: U, (n, fan-in). coefficients: Q, (n, units), not negative. g: (units, fan-in).
         damping: α > 0. tolerance: bound on ``‖x − x*‖ / ‖x‖`` over all units together.
         max_iterations: at most so many products.
     """
     tiny = jnp.finfo(g.dtype).tiny
-    root = jnp.sqrt(jnp.maximum(coefficients, 0)).T
+    columns = g.T  # as a layer's weights mostly lie: nothing has to be turned
     gram = features @ features.T
-    b = (g @ features.T) * root
-    square = (g * g).sum()
-    inverse, turned = _diagonal_and_one(root, gram, coefficients.sum(1), damping)
-
-    def inner(a: Array, b: Array) -> Array:
-        return (a * b).sum(-1, keepdims=True)
+    root, shift, one, reach = _diagonal_and_one(coefficients, gram, damping)
+    turned = one * lax.rsqrt(1 + (one * one).sum(0))  # (I + one oneᵀ)⁻¹ = I − turned turnedᵀ
+    across = jnp.maximum((turned * one).sum(0), tiny)
+    square = (columns * columns).sum(0).sum()  # in two stages: XLA is slow at both in one
 
     def lengths(r: Array) -> tuple[Array, Array]:
-        """``turnedᵀ r`` and ``rᵀz`` of the preconditioned residual z, without z."""
-        along = inner(turned, r)
-        return along, jnp.maximum(inner(r, r * inverse) - along**2, 0)
+        """``turnedᵀ r`` and ``rᵀz`` of the preconditioned residual ``z = r − turned turnedᵀ r``."""
+        along = (turned * r).sum(0)
+        return along, jnp.maximum((r * r).sum(0) - along**2, 0)
+
+    def bound(y: Array, r: Array, along: Array, overlap: Array) -> Array:
+        mean = along / across
+        rest = r - mean * one
+        error = jnp.abs(mean) * reach + jnp.sqrt((rest * (rest / shift)).sum(0)) / 2
+        # ‖g − V y‖² = ‖g‖² − yᵀb − α‖y‖², since yᵀr = 0
+        length = square - overlap - (y * (y * shift)).sum(0).sum()
+        return jnp.sqrt((error * error).sum() / jnp.maximum(length, tiny))
 
     def go_on(state: tuple) -> Array:
         *_, error, done = state
         return (error > tolerance) & (done < max_iterations)
 
     def iterate(state: tuple) -> tuple:
-        y, r, p, rz, overlap, _, done = state
-        product = root * ((root * p) @ gram) + damping * p
-        step = rz / jnp.maximum(inner(p, product), tiny)
+        y, r, p, along, ratio, rz, overlap, _, done = state
+        p = r - turned * along + ratio * p
+        product = root * (gram @ (root * p)) + shift * p
+        step = rz / jnp.maximum((p * product).sum(0), tiny)
         y, r = y + step * p, r - step * product
         along, new = lengths(r)
         overlap = overlap + (step * rz).sum()
-        # ‖V B⁻¹ r‖ ≤ ‖r‖ / 2√α, and ‖g − V y‖² = ‖g‖² − yᵀb − α‖y‖², since yᵀr = 0
-        length = square - overlap - damping * (y * y).sum()
-        error = jnp.sqrt((r * r).sum() / (4 * damping * jnp.maximum(length, tiny)))
-        ratio = new / jnp.maximum(rz, tiny)
-        return y, r, r * inverse - turned * along + ratio * p, new, overlap, error, done + 1
+        error = bound(y, r, along, overlap)
+        return y, r, p, along, new / jnp.maximum(rz, tiny), new, overlap, error, done + 1
 
+    b = root * (features @ columns)
     along, rz = lengths(b)
-    one, zero = jnp.ones((), g.dtype), jnp.zeros((), int)
-    start = (jnp.zeros_like(b), b, b * inverse - turned * along, rz, 0 * one, one, zero)
+    zeros, zero = jnp.zeros_like(b), jnp.zeros((), g.dtype)
+    start = (zeros, b, zeros, along, jnp.zeros_like(rz), rz, zero, zero + 1, jnp.zeros((), int))
     y, *_, error, done = lax.while_loop(go_on, iterate, start)
-    return Solution((1 + damping) / damping * (g - (y * root) @ features), done, error)
+    x = (1 + damping) / damping * (columns - features.T @ (root * y))
+    return Solution(x.T, done, error)
 
 
 def _diagonal_and_one(
-    root: Array, gram: Array, share: Array, damping: Array
-) -> tuple[Array, Array]:
-    """The inverse of ``diag + a aᵀ`` for each unit, near to ``αI + diag(√Q) G diag(√Q)``.
+    coefficients: Array, gram: Array, damping: Array
+) -> tuple[Array, Array, Array, Array]:
+    """``B_j`` and ``D_j + a_j a_jᵀ`` near to it, in the scale in which the diagonal D is I.
 
     Features that have a mean, as all binary ones have, give G one eigenvalue far above the
     others. Left to conjugate gradients, it comes back by rounding, larger by its ratio to the
     others in each iteration, and costs iterations (in float32 from the third on).
 
     Args:
-        root: √Q, (units, n). gram: G, (n, n). share: of the rows, (n,). damping: α > 0.
+        coefficients: Q, (n, units). gram: G, (n, n). damping: α > 0.
 
     Returns:
-        ``inverse`` and ``turned``, (units, n), of ``r ↦ inverse r − turned turnedᵀ r``.
+        ``root`` and ``shift``, (n, units), with ``D^-½ B D^-½ = diag(root) G diag(root) +
+        diag(shift)``; ``one``, ``D^-½ a``; ``reach``, (units,), a bound on ``‖V B⁻¹ a‖``.
     """
+    q = jnp.maximum(coefficients, 0)
+    share = q.sum(1)
     image = gram @ share
     top = image * lax.rsqrt(jnp.maximum(image @ share, jnp.finfo(gram.dtype).tiny))
     rest = jnp.maximum(jnp.diagonal(gram) - top * top, 0)  # G − top topᵀ is positive
-    inverse = 1 / (damping + root * root * rest)
-    one = root * top
-    turned = one * inverse
-    return inverse, turned * lax.rsqrt(1 + (one * turned).sum(-1, keepdims=True))
+    shift = damping / (damping + q * rest[:, None])
+    root = jnp.sqrt(q * shift / damping)
+    square = (top * top) @ q
+    return root, shift, root * top[:, None], jnp.sqrt(square / (damping + square))
