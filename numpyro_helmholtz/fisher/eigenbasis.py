@@ -95,14 +95,17 @@ class EigenBasis:
         width = max(SMALL // 2, -(-self.size // PARTS))
         columns = g.T  # as a layer's weights mostly lie: nothing has to be turned
 
-        def add(part: Array, x: Array) -> Array:
+        def change(part: Array | int) -> Array:
             place = part * width + jnp.arange(width)  # counted from the end of the band on
             which = (high + place) % self.size
             v = self.vectors[:, which]
-            change = 1 / (damping + scales * self.values[which][:, None]) - rest
-            return x + v @ ((v.T @ columns) * jnp.where((place < others)[:, None], change, 0))
+            apart = 1 / (damping + scales * self.values[which][:, None]) - rest
+            return v @ ((v.T @ columns) * jnp.where((place < others)[:, None], apart, 0))
 
-        return lax.fori_loop(0, -(-others // width), add, columns * rest).T
+        # One part nearly always serves: it is not in the loop, where it would be added by itself.
+        parts = -(-others // width)
+        changes = lax.fori_loop(1, parts, lambda part, x: x + change(part), change(0))
+        return (columns * rest + changes).T
 
     def _band(self, scale: Array, damping: Array, slack: float) -> tuple[Array, Array]:
         """First and last plus one of the most eigenvalues that may count as one.
