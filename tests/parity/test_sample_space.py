@@ -1,5 +1,6 @@
 """Solves in the space of the samples: both packages' bound on the error, against dense solves."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from .test_weights import _double
 __all__ = ["_double"]
 ROWS, FEATURES, UNITS = 60, 45, 12
 DAMPING = 0.1
+JITTED = jax.jit(in_numpyro.in_sample_space)  # compiled once for all
 
 
 def made(kind):
@@ -40,10 +42,10 @@ def dense_solution(u, q, g):
 def solved(package, arrays, tolerance, iterations):
     """x, its error's bound and the iterations done."""
     if package is in_pyro:
-        given = [torch.from_numpy(a) for a in arrays]
+        solve, given = in_pyro.in_sample_space, [torch.from_numpy(a) for a in arrays]
     else:
-        given = [jnp.asarray(a) for a in arrays]
-    found = package.in_sample_space(*given, DAMPING, tolerance, iterations)
+        solve, given = JITTED, [jnp.asarray(a) for a in arrays]
+    found = solve(*given, DAMPING, tolerance, iterations)
     return np.asarray(found.x), float(found.error), int(found.iterations)
 
 
