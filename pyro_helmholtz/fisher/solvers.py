@@ -23,7 +23,8 @@ class Solution:
 
     Attributes:
         x: (units, size). iterations: of conjugate gradients, 0 for a direct solve.
-        error: relative residual, in the preconditioner's norm.
+        error: relative residual, in the preconditioner's norm; in the space of the samples a
+            bound on the relative error of x.
     """
 
     x: Tensor

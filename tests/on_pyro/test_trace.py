@@ -67,6 +67,34 @@ def test_per_datum_weights_and_bound():
     assert wake.layout.num_data == 4
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 0.1), (F64, 0.04)])
+def test_negligible_weights_are_zero_and_no_product_is_subnormal(dtype, scale):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=dtype), 1.0))
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros((), dtype=dtype), 1.0))
+
+    limits = torch.finfo(dtype)
+    wake = wake_trace(model, guide, (DATA.to(dtype),), {}, num_particles=2000)
+    (weights,) = wake.weights().values()
+    exact = wake.log_weights.double().softmax(0)
+    used = weights > 0
+    lost = ~used & (exact > 0)
+    assert lost.sum() > 20
+    assert (weights[used] * limits.eps).min() >= limits.tiny
+    assert exact[lost].sum() < limits.eps**2
+    torch.testing.assert_close(weights[used].double(), exact[used], rtol=1e3 * limits.eps, atol=0)
+
+    wake.per_turn = {
+        k: v.index_fill(0, torch.tensor(0), math.nan) for k, v in wake.per_turn.items()
+    }
+    assert torch.stack(list(wake.weights().values())).isnan().all()
+
+
 def test_samples_are_constants():
     def guide(x):
         a = pyro.param("a", torch.zeros(4, dtype=F64))
