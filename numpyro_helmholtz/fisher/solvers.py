@@ -103,13 +103,10 @@ def in_sample_space(
 ) -> Solution:
     """Solve in the space of the rows, which is the smaller one where they are few.
 
-    With ``V_j = Uᵀ diag(√Q_j)`` the solution is ``x_j = (1+α)/α (g_j − V_j y_j)``, where
-    ``B_j y_j = V_jᵀ g_j`` and ``B_j = αI + V_jᵀV_j``. ``UUᵀ`` serves all units, so that a step
-    of conjugate gradients costs units·n² instead of units·n·fan-in. Idle rows do no harm.
-
-    The error of x is ``‖V B⁻¹ r‖`` with the residual ``r = μa + s``, where a is the mean's part
-    of B: ``‖V B⁻¹ s‖ ≤ ‖s‖ / 2√α``, and ``‖V B⁻¹ a‖² ≤ |a|² / (α + |a|²)``, since B is at least
-    ``αI + aaᵀ``. Most of the residual may stand along a, where it counts least.
+    The solution is ``x_j = (1+α)/α (g_j − Uᵀ w_j)``, where ``(α Q_j⁻¹ + G) w_j = U g_j`` with
+    ``G = UUᵀ``; rows without weight have w = 0. G serves all units, so that a step of conjugate
+    gradients costs units·n² instead of units·n·fan-in. The solve stops by a bound on the error
+    of x (see ``_Near.bound``).
 
     Args:
         features: U, (n, fan-in). coefficients: Q, (n, units), not negative. g: (units, fan-in).
@@ -119,70 +116,96 @@ def in_sample_space(
     tiny = jnp.finfo(g.dtype).tiny
     columns = g.T  # as a layer's weights mostly lie: nothing has to be turned
     gram = features @ features.T
-    root, shift, one, reach = _diagonal_and_one(coefficients, gram, damping)
-    turned = one * lax.rsqrt(1 + (one * one).sum(0))  # (I + one oneᵀ)⁻¹ = I − turned turnedᵀ
-    across = jnp.maximum((turned * one).sum(0), tiny)
+    near = _Near.of(coefficients, gram, damping)
     square = (columns * columns).sum(0).sum()  # in two stages: XLA is slow at both in one
-
-    def lengths(r: Array) -> tuple[Array, Array]:
-        """``turnedᵀ r`` and ``rᵀz`` of the preconditioned residual ``z = r − turned turnedᵀ r``."""
-        along = (turned * r).sum(0)
-        return along, jnp.maximum((r * r).sum(0) - along**2, 0)
-
-    def bound(y: Array, r: Array, along: Array, overlap: Array) -> Array:
-        mean = along / across
-        rest = r - mean * one
-        error = jnp.abs(mean) * reach + jnp.sqrt((rest * (rest / shift)).sum(0)) / 2
-        # ‖g − V y‖² = ‖g‖² − yᵀb − α‖y‖², since yᵀr = 0
-        length = square - overlap - (y * (y * shift)).sum(0).sum()
-        return jnp.sqrt((error * error).sum() / jnp.maximum(length, tiny))
 
     def go_on(state: tuple) -> Array:
         *_, error, done = state
         return (error > tolerance) & (done < max_iterations)
 
     def iterate(state: tuple) -> tuple:
-        y, r, p, along, ratio, rz, overlap, _, done = state
-        p = r - turned * along + ratio * p
-        product = root * (gram @ (root * p)) + shift * p
+        w, r, p, along, ratio, rz, overlap, _, done = state
+        p = near.inverse(r, along) + ratio * p
+        product = gram @ p + near.own * p
         step = rz / jnp.maximum((p * product).sum(0), tiny)
-        y, r = y + step * p, r - step * product
-        along, new = lengths(r)
-        overlap = overlap + (step * rz).sum()
-        error = bound(y, r, along, overlap)
-        return y, r, p, along, new / jnp.maximum(rz, tiny), new, overlap, error, done + 1
+        w, r = w + step * p, r - step * product
+        along, new = near.lengths(r)
+        overlap, done = overlap + (step * rz).sum(), done + 1
+        left = square - overlap
 
-    b = root * (features @ columns)
-    along, rz = lengths(b)
-    zeros, zero = jnp.zeros_like(b), jnp.zeros((), g.dtype)
-    start = (zeros, b, zeros, along, jnp.zeros_like(rz), rz, zero, zero + 1, jnp.zeros((), int))
-    y, *_, error, done = lax.while_loop(go_on, iterate, start)
-    x = (1 + damping) / damping * (columns - features.T @ (root * y))
+        def bound() -> Array:
+            # ‖g − Uᵀw‖² = ‖g‖² − wᵀUg − wᵀ(αQ⁻¹)w, since wᵀr = 0
+            length = left - (near.own * (w * w)).sum(0).sum()
+            return jnp.sqrt(near.bound(r, along) / jnp.maximum(length, tiny))
+
+        # The bound is at least √(rᵀz)/2, over a length of at most √left: most often not needed.
+        far = (new.sum() > 4 * tolerance**2 * left) & (done < max_iterations)
+        error = lax.cond(far, lambda: jnp.full((), jnp.inf, g.dtype), bound)
+        return w, r, p, along, new / jnp.maximum(rz, tiny), new, overlap, error, done
+
+    r = features @ columns
+    along, rz = near.lengths(r)
+    zeros, zero = jnp.zeros_like(r), jnp.zeros((), g.dtype)
+    start = (zeros, r, zeros, along, jnp.zeros_like(rz), rz, zero, zero + 1, jnp.zeros((), int))
+    w, *_, error, done = lax.while_loop(go_on, iterate, start)
+    x = (1 + damping) / damping * (columns - features.T @ w)
     return Solution(x.T, done, error)
 
 
-def _diagonal_and_one(
-    coefficients: Array, gram: Array, damping: Array
-) -> tuple[Array, Array, Array, Array]:
-    """``B_j`` and ``D_j + a_j a_jᵀ`` near to it, in the scale in which the diagonal D is I.
+class _Near(NamedTuple):
+    """``W_j⁻¹ + top topᵀ``, a diagonal and one, near to ``αQ_j⁻¹ + G``.
 
     Features that have a mean, as all binary ones have, give G one eigenvalue far above the
     others. Left to conjugate gradients, it comes back by rounding, larger by its ratio to the
     others in each iteration, and costs iterations (in float32 from the third on).
 
-    Args:
-        coefficients: Q, (n, units). gram: G, (n, n). damping: α > 0.
-
-    Returns:
-        ``root`` and ``shift``, (n, units), with ``D^-½ B D^-½ = diag(root) G diag(root) +
-        diag(shift)``; ``one``, ``D^-½ a``; ``reach``, (units,), a bound on ``‖V B⁻¹ a‖``.
+    Attributes:
+        q: Q, (n, units); 0 where it is negligible. own: αQ⁻¹, and 0 there. weight: W.
+        top: of G, (n, 1). size: ``topᵀ W_j top``, (units,). damping: α.
     """
-    q = jnp.maximum(coefficients, 0)
-    share = q.sum(1)
-    image = gram @ share
-    top = image * lax.rsqrt(jnp.maximum(image @ share, jnp.finfo(gram.dtype).tiny))
-    rest = jnp.maximum(jnp.diagonal(gram) - top * top, 0)  # G − top topᵀ is positive
-    shift = damping / (damping + q * rest[:, None])
-    root = jnp.sqrt(q * shift / damping)
-    square = (top * top) @ q
-    return root, shift, root * top[:, None], jnp.sqrt(square / (damping + square))
+
+    q: Array
+    own: Array
+    weight: Array
+    top: Array
+    size: Array
+    damping: Array
+
+    @classmethod
+    def of(cls, coefficients: Array, gram: Array, damping: Array) -> _Near:
+        """Of coefficients (n, units), and of G, (n, n)."""
+        limits = jnp.finfo(gram.dtype)
+        none = coefficients <= damping * limits.tiny / limits.eps  # the inverse would overflow
+        q = jnp.where(none, 0, coefficients)  # a NaN shows
+        own = jnp.where(none, 0, damping / jnp.where(none, 1, q))
+        share = q.sum(1)
+        image = gram @ share
+        top = image * lax.rsqrt(jnp.maximum(image @ share, limits.tiny))
+        rest = jnp.maximum(jnp.diagonal(gram) - top * top, 0)  # G − top topᵀ is positive
+        weight = q / (damping + q * rest[:, None])
+        return cls(q, own, weight, top[:, None], (top * top) @ weight, damping)
+
+    def lengths(self, r: Array) -> tuple[Array, Array]:
+        """``topᵀWr``, and ``rᵀz`` with z the inverse times r, both (units,)."""
+        along = (self.weight * self.top * r).sum(0)
+        square = (self.weight * (r * r)).sum(0)
+        return along, jnp.maximum(square - along**2 / (1 + self.size), 0)
+
+    def inverse(self, r: Array, along: Array) -> Array:
+        """``(W⁻¹ + top topᵀ)⁻¹ r``, (n, units)."""
+        return self.weight * (r - self.top * (along / (1 + self.size)))
+
+    def bound(self, r: Array, along: Array) -> Array:
+        """A bound on ``‖Uᵀ(αQ⁻¹ + G)⁻¹ r‖²``, the error of x but for a factor, over all units.
+
+        In the scale of ``V = Uᵀ√Q`` and ``B = αI + VᵀV`` the error is ``‖VB⁻¹√Q r‖``. With
+        ``a = √Q top`` and ``√Q r = μa + s``: ``‖VB⁻¹s‖ ≤ ‖s‖ / 2√α``, and
+        ``‖VB⁻¹a‖² ≤ |a|² / (α + |a|²)``, since B is at least ``αI + aaᵀ``. Most of the
+        residual may stand along a, where it counts least.
+        """
+        mean = along / jnp.maximum(self.size, jnp.finfo(r.dtype).tiny)
+        rest = r - mean * self.top
+        square = ((self.top * self.top) * self.q).sum(0)
+        reach = jnp.sqrt(square / (self.damping + square))
+        error = jnp.abs(mean) * reach + jnp.sqrt((self.q * (rest * rest)).sum(0) / self.damping) / 2
+        return (error * error).sum()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 Operator = Callable[[Tensor], Tensor]
 CHOLESKY_SIZE = 24
-NEAR = 2  # a closer bound on the error is looked at below so many tolerances
 
 
 @dataclass
@@ -100,96 +99,92 @@ def in_sample_space(
 ) -> Solution:
     """Solve in the space of the rows, which is the smaller one where they are few.
 
-    With ``V_j = Uᵀ diag(√Q_j)`` the solution is ``x_j = (1+α)/α (g_j − V_j y_j)``, where
-    ``B_j y_j = V_jᵀ g_j`` and ``B_j = αI + V_jᵀV_j``. ``UUᵀ`` serves all units, so that a step
-    of conjugate gradients costs units·n² instead of units·n·fan-in. No ``Q⁻¹``: idle rows do no
-    harm. With the residual r the error of x is ``‖V B⁻¹ r‖``, of which there are two bounds: a
-    simple one, and a closer one, dearer, where the simple one comes near to the tolerance.
+    The solution is ``x_j = (1+α)/α (g_j − Uᵀ w_j)``, where ``(α Q_j⁻¹ + G) w_j = U g_j`` with
+    ``G = UUᵀ``; rows without weight have w = 0. G serves all units, so that a step of conjugate
+    gradients costs units·n² instead of units·n·fan-in. The solve stops by a bound on the error
+    of x (see ``_Near.bound``).
 
     Args:
-        features: U, (n, fan-in). coefficients: Q, (n, units). g: (units, fan-in).
+        features: U, (n, fan-in). coefficients: Q, (n, units), not negative. g: (units, fan-in).
         damping: α > 0. tolerance: bound on ``‖x − x*‖ / ‖x‖`` over all units together.
         max_iterations: at most so many products.
     """
-    root = coefficients.sqrt().t().contiguous()
     gram = features @ features.t()
-    near = _DiagonalAndOne(root, gram, coefficients.sum(1), damping)
-    r = (g @ features.t()).mul_(root)  # at first b = V_jᵀ g_j
-    norm = g.square().sum()
-    y = torch.zeros_like(r)
-    p = near.inverse(r, near.along(r))
-    rz = (r * p).sum(-1, keepdim=True)
-    overlap = torch.zeros_like(norm)  # yᵀb
+    near = _Near(coefficients, gram, damping)
+    r = g @ features.t()
+    w = torch.zeros_like(r)
+    p, along, rz = near.inverse(r)
+    left = g.square().sum()  # ‖g‖² − wᵀUg
     done, error = 0, 1.0
     while done < max_iterations:
         done += 1
-        product = ((root * p) @ gram).mul_(root).add_(p, alpha=damping)
+        product = (p @ gram).addcmul_(near.own, p)
         step = _ratio(rz, (p * product).sum(-1, keepdim=True))
-        y.addcmul_(step, p)
+        w.addcmul_(step, p)
         r.addcmul_(step, product, value=-1)
-        # ‖V B⁻¹ r‖ ≤ ‖r‖ / 2√α, and ‖g − V y‖² = ‖g‖² − yᵀb − α‖y‖², since yᵀr = 0
-        overlap = overlap + (step * rz).sum()
-        length = (norm - overlap - damping * _dot(y, y)).clamp(min=1e-30)
-        error = float((_dot(r, r) / (4 * damping * length)).sqrt())
-        if error <= tolerance:
-            break
-        along = near.along(r)
-        if error <= NEAR * tolerance:
-            error = min(error, float((near.bound(r, along) / length).sqrt()))
-            if error <= tolerance:
+        left = left - (step * rz).sum()
+        z, along, new = near.inverse(r)
+        # The bound is at least √(rᵀz)/2, over a length of at most √left: most often not needed.
+        if done == max_iterations or not bool(new.sum() > 4 * tolerance**2 * left):
+            # ‖g − Uᵀw‖² = ‖g‖² − wᵀUg − wᵀ(αQ⁻¹)w, since wᵀr = 0
+            length = (left - (near.own * w).mul_(w).sum()).clamp(min=torch.finfo(r.dtype).tiny)
+            error = float((near.bound(r, along) / length).sqrt())
+            if not error > tolerance:
                 break
-        z = near.inverse(r, along)
-        new = (r * z).sum(-1, keepdim=True)
         p, rz = z.addcmul_(_ratio(new, rz), p), new
     factor = (1 + damping) / damping
-    x = torch.addmm(g, y.mul_(root), features, beta=factor, alpha=-factor)
+    x = torch.addmm(g, w, features, beta=factor, alpha=-factor)
     return Solution(x, done, error)
 
 
-class _DiagonalAndOne:
-    """``diag + a aᵀ`` for each unit, near to ``B = αI + diag(√Q) G diag(√Q)``.
+class _Near:
+    """``W_j⁻¹ + top topᵀ``, a diagonal and one, near to ``αQ_j⁻¹ + G``.
 
     Features that have a mean, as all binary ones have, give G one eigenvalue far above the
     others. Left to conjugate gradients, it comes back by rounding, larger by its ratio to the
     others in each iteration, and costs iterations (in float32 from the third on).
 
     Args:
-        root: √Q, (units, n). gram: G, (n, n). share: of the rows, (n,). damping: α > 0.
+        coefficients: Q, (n, units). gram: G, (n, n). damping: α > 0.
+
+    Attributes:
+        own: αQ⁻¹, (units, n), and 0 where Q is negligible.
     """
 
-    def __init__(self, root: Tensor, gram: Tensor, share: Tensor, damping: float) -> None:
-        self._damping = damping
-        image = gram @ share
-        top = image * torch.dot(image, share).clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+    def __init__(self, coefficients: Tensor, gram: Tensor, damping: float) -> None:
+        limits = torch.finfo(gram.dtype)
+        least = damping * limits.tiny / limits.eps  # below it the inverse overflows
+        q = torch.nn.functional.threshold(coefficients.t().contiguous(), least, 0.0)
+        image = gram @ q.sum(0)
+        top = image * torch.dot(image, q.sum(0)).clamp(min=limits.tiny).rsqrt()
         rest = (gram.diagonal() - top.square()).clamp(min=0)  # G − top topᵀ is positive
-        self._inverse = root.square().mul_(rest).add_(damping).reciprocal_()
-        self._one = root * top  # a
-        self._turned = self._one * self._inverse
-        self._across = (self._one * self._turned).sum(-1, keepdim=True)
-        self._shrink = self._across.add(1).reciprocal_().neg_()
+        self.own = torch.where(q > 0, damping / q, 0.0)
+        self._q, self._top, self._damping = q, top, damping
+        self._weight = q / (q * rest).add_(damping)  # W
+        self._turned = self._weight * top
+        self._size = (self._turned @ top)[:, None]  # topᵀ W top
+        self._shrink = self._size.add(1).reciprocal_()
 
-    def along(self, r: Tensor) -> Tensor:
-        """``aᵀ diag⁻¹ r``, (units, 1)."""
-        return (self._turned * r).sum(-1, keepdim=True)
-
-    def inverse(self, r: Tensor, along: Tensor) -> Tensor:
-        """``(diag + a aᵀ)⁻¹ r``, (units, n)."""
-        return (r * self._inverse).addcmul_(self._turned, along * self._shrink)
+    def inverse(self, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``z = (W⁻¹ + top topᵀ)⁻¹ r``, (units, n), and ``topᵀWr`` and ``rᵀz``, (units, 1)."""
+        z = self._weight * r
+        along = (z @ self._top)[:, None]
+        square = (z * r).sum(-1, keepdim=True)
+        shrunk = along * self._shrink
+        z.addcmul_(self._turned, shrunk, value=-1)
+        return z, along, (square - along * shrunk).clamp_(min=0)
 
     def bound(self, r: Tensor, along: Tensor) -> Tensor:
-        """A bound on ``‖V B⁻¹ r‖²``, summed over the units.
+        """A bound on ``‖Uᵀ(αQ⁻¹ + G)⁻¹ r‖²``, the error of x but for a factor, over all units.
 
-        With ``r = μa + s``: ``‖V B⁻¹ s‖ ≤ ‖s‖ / 2√α``, and ``‖V B⁻¹ a‖² ≤ |a|² / (α + |a|²)``,
-        since B is at least ``αI + aaᵀ``. Most of the residual may stand along a, where it
-        counts least.
+        In the scale of ``V = Uᵀ√Q`` and ``B = αI + VᵀV`` the error is ``‖VB⁻¹√Q r‖``. With
+        ``a = √Q top`` and ``√Q r = μa + s``: ``‖VB⁻¹s‖ ≤ ‖s‖ / 2√α``, and
+        ``‖VB⁻¹a‖² ≤ |a|² / (α + |a|²)``, since B is at least ``αI + aaᵀ``. Most of the
+        residual may stand along a, where it counts least.
         """
-        mean = _ratio(along, self._across)
-        rest = torch.addcmul(r, self._one, mean, value=-1).square_().sum(-1, keepdim=True)
-        square = self._one.square().sum(-1, keepdim=True)
+        mean = _ratio(along, self._size)
+        rest = (r - mean * self._top).square_().mul_(self._q).sum(-1, keepdim=True)
+        square = (self._q @ self._top.square())[:, None]
         reach = (square / (square + self._damping)).sqrt_()
-        bound = rest.div_(4 * self._damping).sqrt_().addcmul_(mean.abs_(), reach)
-        return bound.square_().sum()
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+        error = rest.div_(4 * self._damping).sqrt_().addcmul_(mean.abs_(), reach)
+        return error.square_().sum()
