@@ -28,6 +28,7 @@ from .fisher.memory import Fisher, Kept, Memory
 from .later import later
 from .parameters import Params, parameters, rebuild, signature
 from .recipe import Recipe
+from .runner import once
 from .svi import Directions, HelmholtzState, HelmholtzSVI
 
 Schedule = float | Callable[[Array], Array]
@@ -131,7 +132,7 @@ class NaturalSVI(HelmholtzSVI):
             return jnp.zeros(())
 
         jax.eval_shape(run, rng_key, params)
-        return self.memory.start(made)
+        return once(partial(self.memory.start, made))()
 
     def _direction(self, done: Pass, gradient: Params, memory: Kept) -> tuple[Params, Kept]:
         assert done.step is not None

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, random
 from numpyro import handlers
 
@@ -37,6 +38,20 @@ from .checks import (
 from .messengers import Constants, FlatDraws, Particles, PythonFlow
 from .parameters import Held, Params, constraining, unconstrain
 from .sites import mutable_values, sampled_values
+
+
+def once(fn: Callable) -> Callable:
+    """A function compiled for a single run: fast, into code that need not be fast.
+
+    Inside of another function's ``jit`` it is a part of that.
+    """
+    alone = jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
+
+    def call(*args: Any) -> Any:
+        inside = isinstance(jnp.zeros(()), jax.core.Tracer)
+        return (fn if inside else alone)(*args)
+
+    return call
 
 
 @partial(
@@ -82,7 +97,7 @@ class Runner:
     constrained: bool = False
 
     def __post_init__(self) -> None:
-        self._inspect = jax.jit(self._start)
+        self._inspect = once(self._start)
 
     def sampling(self) -> AbstractContextManager:
         """What becomes of samples: constants."""

@@ -315,6 +315,15 @@ def test_seeds_run_side_by_side():
     )
 
 
+@pytest.mark.parametrize("fisher", ["unit", "kronecker"])
+def test_init_inside_of_a_jit(fisher):
+    svi, _ = natural(fisher=fisher)
+    inside, alone = jax.jit(lambda key: svi.init(key, X))(KEY), svi.init(KEY, X)
+    assert jax.tree.structure(inside) == jax.tree.structure(alone)
+    for one, other in zip(jax.tree.leaves(inside), jax.tree.leaves(alone), strict=True):
+        assert one.dtype == other.dtype and (one == other).all()
+
+
 def test_optax_and_the_default_optimiser():
     sbn = SBN()
     for optim in (None, optax.adam(1e-2)):
