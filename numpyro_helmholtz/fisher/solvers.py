@@ -104,7 +104,7 @@ def in_sample_space(
     """Solve in the space of the rows, which is the smaller one where they are few.
 
     The solution is ``x_j = (1+α)/α (g_j − Uᵀ w_j)``, where ``(α Q_j⁻¹ + G) w_j = U g_j`` with
-    ``G = UUᵀ``; rows without weight have w = 0. G serves all units, so that a step of conjugate
+    ``G = UUᵀ``; rows without weight do no harm. G serves all units, so that a step of conjugate
     gradients costs units·n² instead of units·n·fan-in. The solve stops by a bound on the error
     of x (see ``_Near.bound``).
 
@@ -160,7 +160,7 @@ class _Near(NamedTuple):
     others in each iteration, and costs iterations (in float32 from the third on).
 
     Attributes:
-        q: Q, (n, units); 0 where it is negligible. own: αQ⁻¹, and 0 there. weight: W.
+        q: Q, (n, units). own: αQ⁻¹. weight: W.
         top: of G, (n, 1). size: ``topᵀ W_j top``, (units,). damping: α.
     """
 
@@ -175,14 +175,14 @@ class _Near(NamedTuple):
     def of(cls, coefficients: Array, gram: Array, damping: Array) -> _Near:
         """Of coefficients (n, units), and of G, (n, n)."""
         limits = jnp.finfo(gram.dtype)
-        none = coefficients <= damping * limits.tiny / limits.eps  # the inverse would overflow
-        q = jnp.where(none, 0, coefficients)  # a NaN shows
-        own = jnp.where(none, 0, damping / jnp.where(none, 1, q))
+        least = damping * limits.tiny / limits.eps  # as good as none, and has an inverse
+        q = jnp.maximum(coefficients, least)
+        own = damping / q
         share = q.sum(1)
         image = gram @ share
         top = image * lax.rsqrt(jnp.maximum(image @ share, limits.tiny))
         rest = jnp.maximum(jnp.diagonal(gram) - top * top, 0)  # G − top topᵀ is positive
-        weight = q / (damping + q * rest[:, None])
+        weight = 1 / (own + rest[:, None])
         return cls(q, own, weight, top[:, None], (top * top) @ weight, damping)
 
     def lengths(self, r: Array) -> tuple[Array, Array]:

@@ -100,7 +100,7 @@ def in_sample_space(
     """Solve in the space of the rows, which is the smaller one where they are few.
 
     The solution is ``x_j = (1+α)/α (g_j − Uᵀ w_j)``, where ``(α Q_j⁻¹ + G) w_j = U g_j`` with
-    ``G = UUᵀ``; rows without weight have w = 0. G serves all units, so that a step of conjugate
+    ``G = UUᵀ``; rows without weight do no harm. G serves all units, so that a step of conjugate
     gradients costs units·n² instead of units·n·fan-in. The solve stops by a bound on the error
     of x (see ``_Near.bound``).
 
@@ -127,7 +127,8 @@ def in_sample_space(
         # The bound is at least √(rᵀz)/2, over a length of at most √left: most often not needed.
         if done == max_iterations or not bool(new.sum() > 4 * tolerance**2 * left):
             # ‖g − Uᵀw‖² = ‖g‖² − wᵀUg − wᵀ(αQ⁻¹)w, since wᵀr = 0
-            length = (left - (near.own * w).mul_(w).sum()).clamp(min=torch.finfo(r.dtype).tiny)
+            inside = torch.dot((near.own * w).reshape(-1), w.reshape(-1))
+            length = (left - inside).clamp(min=torch.finfo(r.dtype).tiny)
             error = float((near.bound(r, along) / length).sqrt())
             if not error > tolerance:
                 break
@@ -148,19 +149,19 @@ class _Near:
         coefficients: Q, (n, units). gram: G, (n, n). damping: α > 0.
 
     Attributes:
-        own: αQ⁻¹, (units, n), and 0 where Q is negligible.
+        own: αQ⁻¹, (units, n).
     """
 
     def __init__(self, coefficients: Tensor, gram: Tensor, damping: float) -> None:
         limits = torch.finfo(gram.dtype)
-        least = damping * limits.tiny / limits.eps  # below it the inverse overflows
-        q = torch.nn.functional.threshold(coefficients.t().contiguous(), least, 0.0)
+        least = damping * limits.tiny / limits.eps  # as good as none, and has an inverse
+        q = coefficients.t().clamp(min=least).contiguous()
         image = gram @ q.sum(0)
         top = image * torch.dot(image, q.sum(0)).clamp(min=limits.tiny).rsqrt()
         rest = (gram.diagonal() - top.square()).clamp(min=0)  # G − top topᵀ is positive
-        self.own = torch.where(q > 0, damping / q, 0.0)
+        self.own = damping / q
         self._q, self._top, self._damping = q, top, damping
-        self._weight = q / (q * rest).add_(damping)  # W
+        self._weight = (self.own + rest).reciprocal_()  # W
         self._turned = self._weight * top
         self._size = (self._turned @ top)[:, None]  # topᵀ W top
         self._shrink = self._size.add(1).reciprocal_()
@@ -183,7 +184,8 @@ class _Near:
         residual may stand along a, where it counts least.
         """
         mean = _ratio(along, self._size)
-        rest = (r - mean * self._top).square_().mul_(self._q).sum(-1, keepdim=True)
+        rest = torch.addcmul(r, mean, self._top, value=-1)
+        rest = (rest * self._q).mul_(rest).sum(-1, keepdim=True)
         square = (self._q @ self._top.square())[:, None]
         reach = (square / (square + self._damping)).sqrt_()
         error = rest.div_(4 * self._damping).sqrt_().addcmul_(mean.abs_(), reach)
