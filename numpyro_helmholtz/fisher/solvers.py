@@ -175,7 +175,7 @@ class _Near(NamedTuple):
     def of(cls, coefficients: Array, gram: Array, damping: Array) -> _Near:
         """Of coefficients (n, units), and of G, (n, n)."""
         limits = jnp.finfo(gram.dtype)
-        least = damping * limits.tiny / limits.eps  # as good as none, and has an inverse
+        least = damping * limits.tiny**0.5  # as good as none; products with it are normal numbers
         q = jnp.maximum(coefficients, least)
         own = damping / q
         share = q.sum(1)

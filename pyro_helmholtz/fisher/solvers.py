@@ -154,7 +154,7 @@ class _Near:
 
     def __init__(self, coefficients: Tensor, gram: Tensor, damping: float) -> None:
         limits = torch.finfo(gram.dtype)
-        least = damping * limits.tiny / limits.eps  # as good as none, and has an inverse
+        least = damping * limits.tiny**0.5  # as good as none; products with it are normal numbers
         q = coefficients.t().clamp(min=least).contiguous()
         image = gram @ q.sum(0)
         top = image * torch.dot(image, q.sum(0)).clamp(min=limits.tiny).rsqrt()
