@@ -109,6 +109,7 @@ class NaturalSVI(HelmholtzSVI):
         self.damping, self.refresh_every, self.kl_clip = damping, refresh_every, kl_clip
         every = max(1, MEAN_EVERY // refresh_every)
         self.memory = Memory(fisher, fisher_samples, tolerance=tolerance, mean_every=every)
+        self._begin = once(self._memory)
         self._looked = jax.jit(self._look, static_argnames="made")
         self._made: dict[tuple, _Made] = {}
 
@@ -124,15 +125,14 @@ class NaturalSVI(HelmholtzSVI):
     def _fisher_init(
         self, rng_key: Array, params: Params, args: tuple, kwargs: dict, mutable: Params
     ) -> Kept:
-        made: list[Block] = []
+        return self._begin(rng_key, params, Arguments.of((args, kwargs)), mutable)
 
-        def run(rng_key: Array, params: Params) -> Array:
-            _, done = self.estimator.run(self.programs, rng_key, params, args, kwargs, mutable)
-            made.extend(self._blocks(replace(done, params=params, rng_key=rng_key)))
-            return jnp.zeros(())
-
-        jax.eval_shape(run, rng_key, params)
-        return once(partial(self.memory.start, made))()
+    def _memory(
+        self, rng_key: Array, params: Params, arguments: Arguments, mutable: Params
+    ) -> Kept:
+        args, kwargs = arguments.rebuilt()
+        _, done = self.estimator.run(self.programs, rng_key, params, args, kwargs, mutable)
+        return self.memory.start(self._blocks(replace(done, params=params, rng_key=rng_key)))
 
     def _direction(self, done: Pass, gradient: Params, memory: Kept) -> tuple[Params, Kept]:
         assert done.step is not None

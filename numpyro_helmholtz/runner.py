@@ -41,7 +41,7 @@ from .sites import mutable_values, sampled_values
 
 
 def once(fn: Callable) -> Callable:
-    """A function compiled for a single run: fast, into code that need not be fast.
+    """A function compiled for few runs, as at the start: fast, into code that need not be fast.
 
     Inside of another function's ``jit`` it is a part of that.
     """
@@ -97,7 +97,7 @@ class Runner:
     constrained: bool = False
 
     def __post_init__(self) -> None:
-        self._inspect = once(self._start)
+        self._begin, self._inspect = once(self._start), jax.jit(self._start)
 
     def sampling(self) -> AbstractContextManager:
         """What becomes of samples: constants."""
@@ -206,7 +206,8 @@ class Runner:
             ValueError: a program or data that cannot be trained so, naming the site.
         """
         arguments = Arguments.of((args, kwargs))
-        found = self._inspect(rng_key, arguments, params, mutable, start)
+        look = self._begin if params is None else self._inspect  # which runs for all data that come
+        found = look(rng_key, arguments, params, mutable, start)
         raise_for(found.problems)
         return found
 

@@ -175,7 +175,7 @@ def _log_sum_exp(value: torch.Tensor) -> torch.Tensor:
 def _without_negligible(weights: torch.Tensor) -> torch.Tensor:
     """The weights; 0 in place of those whose products with rounding errors underflow.
 
-    They are far below the square of the precision: 1e-31 in float32, 1e-292 in float64.
+    They are at most the square of the precision: 1e-31 in float32, 1e-292 in float64.
     """
     limits = torch.finfo(weights.dtype)
     least = min(limits.tiny / limits.eps, limits.eps**2)

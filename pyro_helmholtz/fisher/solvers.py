@@ -156,8 +156,9 @@ class _Near:
         limits = torch.finfo(gram.dtype)
         least = damping * limits.tiny**0.5  # as good as none; products with it are normal numbers
         q = coefficients.t().clamp(min=least).contiguous()
-        image = gram @ q.sum(0)
-        top = image * torch.dot(image, q.sum(0)).clamp(min=limits.tiny).rsqrt()
+        share = q.sum(0)
+        image = gram @ share
+        top = image * torch.dot(image, share).clamp(min=limits.tiny).rsqrt()
         rest = (gram.diagonal() - top.square()).clamp(min=0)  # G − top topᵀ is positive
         self.own = damping / q
         self._q, self._top, self._damping = q, top, damping
