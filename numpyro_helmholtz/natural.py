@@ -138,11 +138,12 @@ class NaturalSVI(HelmholtzSVI):
         assert done.step is not None
         blocks = self._blocks_later(done)
         leaves = parameters(gradient)
-        fisher = self.memory.fisher(memory, blocks(), self._alpha(done.step), blocks)
-        natural = self._clip(leaves, fisher.solve(leaves), fisher.damping)
+        renewed = memory
         if done.model is not None:
-            memory = self._remember(memory, blocks, done.step)
-        return rebuild(natural, gradient), memory
+            renewed = self._remember(memory, blocks, done.step)
+        fisher = self.memory.fisher(memory, blocks(), self._alpha(done.step), renewed)
+        natural = self._clip(leaves, fisher.solve(leaves), fisher.damping)
+        return rebuild(natural, gradient), renewed
 
     def _remember(self, memory: Kept, blocks: Callable[[], list[Block]], step: Array) -> Kept:
         def take_in() -> Kept:
@@ -152,7 +153,7 @@ class NaturalSVI(HelmholtzSVI):
         same = signature(jax.eval_shape(take_in)) == signature(memory)
         if self.refresh_every == 1 or not same:
             return take_in()
-        due = (step < self._refresh_all) | (step % self.refresh_every == 0)
+        due = (memory.batches == 0) | (step < self._refresh_all) | (step % self.refresh_every == 0)
         return branches.cond(due, take_in, memory)
 
     def _clip(self, g: dict[str, Array], x: dict[str, Array], alpha: Any) -> dict[str, Array]:
@@ -223,7 +224,8 @@ class NaturalSVI(HelmholtzSVI):
         done, gradient = self._pass(state, args, kwargs)
         leaves = parameters(gradient)
         blocks = self._blocks(done, made.uncovered)
-        fisher = self.memory.fisher(state.memory, blocks, self._alpha(state.step))
+        renewed = self.memory.remember(state.memory, blocks)
+        fisher = self.memory.fisher(state.memory, blocks, self._alpha(state.step), renewed)
         natural = self._clip(leaves, fisher.solve(leaves), fisher.damping)
         made.blocks = fisher.blocks
         arrays = [block.arrays for block in fisher.blocks]

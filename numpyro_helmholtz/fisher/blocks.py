@@ -170,10 +170,6 @@ class UnitBlock:
         weight = self._own_coefficients().sum((1, 2))
         return (self.features * weight[:, None]).T @ self.features
 
-    def features_scale(self) -> Array:
-        """The diagonal of ``mean_block``, (fan-in,)."""
-        return self._own_coefficients().sum((1, 2)) @ self.features**2
-
     def unit_scales(self) -> Array:
         """``s_j = Σ_n Q_nj``, (units,) or (units, d, d)."""
         return self.coefficients.sum(0)

@@ -10,7 +10,7 @@ What is kept is a pytree of fixed shapes (``Kept``); what it is kept by is stati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import branches
 from ..parameters import strong
 from .assemble import Block
 from .blocks import UnitBlock, mean_scale
@@ -28,7 +27,6 @@ from .matrix_free import MatrixFreeBlock
 from .statistics import Statistics, renewed
 
 Array = Any
-Spectra = dict[str, tuple[Array, Array]]  # eigenvalues and scales of each layer
 FORMS = ("unit", "diagonal", "kronecker")
 SAMPLES = ("lagged", "average", "same", "dream")
 RING = 8
@@ -177,17 +175,17 @@ class Memory:
         kept: Kept,
         current: list[Block],
         damping: Array | float,
-        again: Callable[[], list[Block]] | None = None,
+        renewed: Kept,
     ) -> Fisher:
         """The matrix for a step whose own batch gave ``current``.
 
         Args:
-            kept: so far. current: the batch's blocks. damping: α. again: computes the same
-                blocks inside a branch, where they are needed there alone.
+            kept: so far. current: the batch's blocks. damping: α.
+            renewed: with this batch, the first of which serves itself.
         """
         blocks = [self._recall(kept, block) for block in current]
         if self.form == "kronecker":
-            blocks = _with_statistics(blocks, kept, again or (lambda: current))
+            blocks = [_with_statistics(block, kept, renewed) for block in blocks]
         return Fisher(blocks, damping)
 
     def _recall(self, kept: Kept, block: Block) -> Block:
@@ -240,40 +238,20 @@ def _lagged(block: Block, held: dict[str, Any], first: Array) -> Block:
     return block.with_arrays({"features": u, "coefficients": jnp.concatenate(counts)})
 
 
-def _with_statistics(
-    blocks: list[Block], kept: Kept, again: Callable[[], list[Block]]
-) -> list[Block]:
-    """Blocks with the eigenbases and scales that are kept.
+def _with_statistics(block: Block, kept: Kept, renewed: Kept) -> Block:
+    """A block with the eigenbasis and the scales that are kept.
 
-    Before the first batch the basis is that of the features themselves: the Fisher matrix is
-    diagonal in the features, by the batch's own means. An eigenbasis of it would be one more to
-    compile, for one step.
+    Before the first batch the Fisher matrix is diagonal, by the batch's own mean block: one
+    batch alone says nothing of most directions, and its eigenbasis comes too late for it.
     """
-
-    def layers(blocks: list[Block]) -> dict[str, UnitBlock]:
-        return {b.key: b for b in blocks if isinstance(b, UnitBlock) and b.key in kept.statistics}
-
-    def own() -> Spectra:
-        fresh = layers(again())
-        scales = {key: block.unit_scales() for key, block in fresh.items()}
-        return {
-            key: (block.features_scale() / mean_scale(scales[key]), scales[key])
-            for key, block in fresh.items()
-        }
-
-    known = {
-        key: (kept.statistics[key].basis.values, kept.statistics[key].scales)
-        for key in layers(blocks)
-    }
-    spectra = branches.cond(kept.batches == 0, own, known)
-    result: list[Block] = []
-    for block in blocks:
-        if isinstance(block, UnitBlock) and block.key in spectra:
-            values, scales = spectra[block.key]
-            basis = EigenBasis(values, kept.statistics[block.key].basis.vectors)
-            block = replace(block, basis=basis, scales=scales)
-        result.append(block)
-    return result
+    known = kept.statistics.get(block.key)
+    if known is None or not isinstance(block, UnitBlock):
+        return block
+    first, own = kept.batches == 0, renewed.statistics[block.key]
+    diagonal = jnp.diagonal(own.mean) / mean_scale(own.scales)
+    scales = jnp.where(first, own.scales, known.scales)
+    basis = EigenBasis(jnp.where(first, diagonal, known.basis.values), known.basis.vectors)
+    return replace(block, basis=basis, scales=scales)
 
 
 def _kept_arrays(block: Block) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def test_the_kronecker_form_is_diagonal_in_the_first_step():
     for block in found.fisher.blocks:
         g, alpha = block.gather(found.gradient), found.fisher.damping
         scales = block.unit_scales()
-        diagonal = block.features_scale() / scales.sum()
+        diagonal = jnp.diagonal(block.mean_block()) / scales.sum()
         expected = (1 + alpha) * g / (alpha + scales[:, None] * diagonal)
         close(block.gather(found.natural), expected, 1e-10)
         assert "diagonal in the first step" in block.method()
@@ -374,6 +374,23 @@ def test_a_stable_update_with_another_batch_size():
         close(value, two.natural[name], 0)
         assert bool(jnp.isfinite(value).all())
         assert not np.array_equal(value, one.gradient[name])
+
+
+def test_a_memory_begun_anew_takes_in_the_next_batch():
+    """Whether it is one that is taken in by its number or not."""
+    svi, _ = natural(fisher="kronecker", refresh_every=8)
+    update = jax.jit(svi.update)
+    empty = svi.init(KEY, X).memory
+    state, _ = update(svi.init(KEY, X), X)
+    state = update(state, X)[0]._replace(memory=empty)
+    found = svi.directions(state, X)
+    other = svi.directions(state._replace(step=jnp.zeros((), jnp.int32)), X)
+    for name, value in found.natural.items():
+        close(value, other.natural[name], 1e-10)
+    after, _ = update(state, X)
+    assert int(after.memory.batches) == 1
+    for name, value in svi.get_params(after).items():
+        close(value, svi.get_params(state)[name] + 0.1 * found.natural[name], 1e-10)
 
 
 def test_a_run_goes_on_with_another_batch_size():
