@@ -149,9 +149,10 @@ class NaturalSVI(HelmholtzSVI):
         def take_in() -> Kept:
             return self.memory.remember(memory, blocks())
 
+        if self.refresh_every == 1:
+            return take_in()
         # A batch of another shape is taken in whenever it comes.
-        same = signature(jax.eval_shape(take_in)) == signature(memory)
-        if self.refresh_every == 1 or not same:
+        if signature(jax.eval_shape(take_in)) != signature(memory):
             return take_in()
         due = (memory.batches == 0) | (step < self._refresh_all) | (step % self.refresh_every == 0)
         return branches.cond(due, take_in, memory)
