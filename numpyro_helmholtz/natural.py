@@ -138,12 +138,12 @@ class NaturalSVI(HelmholtzSVI):
         assert done.step is not None
         blocks = self._blocks_later(done)
         leaves = parameters(gradient)
-        renewed = memory
+        taken_in = memory
         if done.model is not None:
-            renewed = self._remember(memory, blocks, done.step)
-        fisher = self.memory.fisher(memory, blocks(), self._alpha(done.step), renewed)
+            taken_in = self._remember(memory, blocks, done.step)
+        fisher = self.memory.fisher(memory, blocks(), self._alpha(done.step), taken_in)
         natural = self._clip(leaves, fisher.solve(leaves), fisher.damping)
-        return rebuild(natural, gradient), renewed
+        return rebuild(natural, gradient), taken_in
 
     def _remember(self, memory: Kept, blocks: Callable[[], list[Block]], step: Array) -> Kept:
         def take_in() -> Kept:
@@ -225,8 +225,8 @@ class NaturalSVI(HelmholtzSVI):
         done, gradient = self._pass(state, args, kwargs)
         leaves = parameters(gradient)
         blocks = self._blocks(done, made.uncovered)
-        renewed = self.memory.remember(state.memory, blocks)
-        fisher = self.memory.fisher(state.memory, blocks, self._alpha(state.step), renewed)
+        taken_in = self.memory.remember(state.memory, blocks)
+        fisher = self.memory.fisher(state.memory, blocks, self._alpha(state.step), taken_in)
         natural = self._clip(leaves, fisher.solve(leaves), fisher.damping)
         made.blocks = fisher.blocks
         arrays = [block.arrays for block in fisher.blocks]

@@ -175,17 +175,17 @@ class Memory:
         kept: Kept,
         current: list[Block],
         damping: Array | float,
-        renewed: Kept,
+        taken_in: Kept,
     ) -> Fisher:
         """The matrix for a step whose own batch gave ``current``.
 
         Args:
             kept: so far. current: the batch's blocks. damping: α.
-            renewed: with this batch, the first of which serves itself.
+            taken_in: what is kept once this batch is in it; the first batch serves itself.
         """
         blocks = [self._recall(kept, block) for block in current]
         if self.form == "kronecker":
-            blocks = [_with_statistics(block, kept, renewed) for block in blocks]
+            blocks = [_with_statistics(block, kept, taken_in) for block in blocks]
         return Fisher(blocks, damping)
 
     def _recall(self, kept: Kept, block: Block) -> Block:
@@ -238,16 +238,16 @@ def _lagged(block: Block, held: dict[str, Any], first: Array) -> Block:
     return block.with_arrays({"features": u, "coefficients": jnp.concatenate(counts)})
 
 
-def _with_statistics(block: Block, kept: Kept, renewed: Kept) -> Block:
+def _with_statistics(block: Block, kept: Kept, taken_in: Kept) -> Block:
     """A block with the eigenbasis and the scales that are kept.
 
-    Before the first batch the Fisher matrix is diagonal, by the batch's own mean block: one
-    batch alone says nothing of most directions, and its eigenbasis comes too late for it.
+    Before the first batch the Fisher matrix is diagonal, by the batch's own mean block: of
+    most directions one batch alone says nothing.
     """
     known = kept.statistics.get(block.key)
     if known is None or not isinstance(block, UnitBlock):
         return block
-    first, own = kept.batches == 0, renewed.statistics[block.key]
+    first, own = kept.batches == 0, taken_in.statistics[block.key]
     diagonal = jnp.diagonal(own.mean) / mean_scale(own.scales)
     scales = jnp.where(first, own.scales, known.scales)
     basis = EigenBasis(jnp.where(first, diagonal, known.basis.values), known.basis.vectors)
