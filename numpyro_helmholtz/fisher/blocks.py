@@ -8,6 +8,7 @@ size d·l. Whatever has no such form is a ``MatrixFreeBlock``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +29,7 @@ Arrays = Mapping[str, Array]
 
 
 KRONECKER_SLACK = 0.35
+SHARES = (1 / 8, 1 / 4, 3 / 8)  # of the rows, that may serve for all
 
 
 @dataclass
@@ -214,8 +216,7 @@ class UnitBlock:
             return Solution((1 + damping) * basis.inverse(g, scales, damping, KRONECKER_SLACK))
         if self.size <= solvers.CHOLESKY_SIZE:
             return solvers.direct(self.dense(), g, damping)
-        products = self.rows * self.fan_in * self.units
-        if not self.weighted or self.d > 1 or products < solvers.LARGE:
+        if not self.weighted or self.rows * self.size * self.units < solvers.LARGE:
             return self._with_all_rows(g, damping)
         return self._without_idle_rows(g, damping)
 
@@ -228,27 +229,25 @@ class UnitBlock:
     def _without_idle_rows(self, g: Array, damping: Array | float) -> Solution:
         """Leave out rows of negligible weight where most are such.
 
-        Particles of negligible weight cost as much as the others and change nothing. A
-        quarter or half of the rows serve, solved in their own space, if in every block the
-        others' share of ``α + tr F_j`` is below a quarter of the tolerance.
+        Particles of negligible weight cost as much as the others and change nothing. The
+        smallest of ``SHARES`` of the rows serves with which, in every block, the others have
+        less than a quarter of the tolerance of ``α + tr F_j``.
         """
-        counts = [c for c in (self.rows // 4, self.rows // 2) if self._few_rows(c)]
-        if not counts:
-            return self._with_all_rows(g, damping)
+        counts = [math.ceil(share * self.rows) for share in SHARES]
+        weights = self._own_coefficients().sum(-1)
         square = (self.features**2).sum(1)
-        order = lax.top_k(self.coefficients.max(1) * square, counts[-1])[1]
+        order = lax.top_k(weights.max(1) * square, counts[-1])[1]
         place = jnp.full(self.rows, self.rows).at[order].set(jnp.arange(counts[-1]))
         left = jnp.where(place >= np.array([[0], *([c] for c in counts)]), square, 0)
-        left = left @ self.coefficients  # of all rows, then without the first so many
+        left = left @ weights  # of all rows, then without the first so many
         idle = (left[1:] <= self.tolerance / 4 * (damping + left[0])).all(1)
 
         def over(count: int, g: Array) -> Solution:
             u, q = self.features[order[:count]], self.coefficients[order[:count]]
-            return solvers.in_sample_space(u, q, g, damping, self.tolerance)
+            return replace(self, features=u, coefficients=q)._with_all_rows(g, damping)
 
-        which = (~idle).sum()
         ways = [partial(over, c) for c in counts]
-        return branches.switch(which, [*ways, lambda g: self._with_all_rows(g, damping)], g)
+        return branches.switch((~idle).sum(), [*ways, lambda g: self._with_all_rows(g, damping)], g)
 
     def _basis_and_scales(self) -> tuple[EigenBasis, Array]:
         scales = self.unit_scales() if self.scales is None else self.scales

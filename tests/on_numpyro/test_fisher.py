@@ -12,7 +12,9 @@ from jax import lax, random
 from numpyro import handlers
 
 import numpyro_helmholtz as nh
+from numpyro_helmholtz import branches
 from numpyro_helmholtz.fisher import eigenbasis, families, solvers
+from numpyro_helmholtz.fisher.blocks import UnitBlock
 from numpyro_helmholtz.parameters import parameters
 
 from .oracles import KEY, check, close, from_blocks, natural, program
@@ -352,16 +354,33 @@ def test_a_mean_of_the_features_costs_no_iterations():
     assert found[0] == found[1] <= 5
 
 
-def test_idle_rows_are_left_out_within_the_tolerance(monkeypatch):
+@pytest.mark.parametrize("d", [1, 2])
+@pytest.mark.parametrize("fan_in", [24, 12])
+@pytest.mark.parametrize(("active", "taken"), [(4, 0), (9, 1), (14, 2), (30, 3)])
+def test_idle_rows_are_left_out_within_the_tolerance(d, fan_in, active, taken, monkeypatch):
+    """In the space of the rows, in the eigenbasis, and with coupled units."""
     monkeypatch.setattr(solvers, "LARGE", 0)
+    chosen = []
+
+    def switch(index, ways, operand):
+        chosen.append(int(index))
+        return ways[chosen[-1]](operand)
+
+    monkeypatch.setattr(branches, "switch", switch)
     rng = np.random.default_rng(0)
-    u = jnp.asarray(rng.normal(size=(40, 24)))
-    q = jnp.asarray(rng.uniform(size=(40, 6)) * np.where(np.arange(40) < 7, 0.1, 1e-8)[:, None])
-    block = nh.fisher.blocks.UnitBlock(["x"], "affine", [None], u, q)
-    g = jnp.asarray(rng.normal(size=(6, 24)))
-    exact = np.linalg.solve(0.1 * np.eye(24) + block.dense(), 1.1 * g[..., None])[..., 0]
-    x = block.solve(g, 0.1)
+    u = rng.normal(size=(40, fan_in))
+    weight = rng.permutation(np.where(np.arange(40) < active, 0.1, 1e-8))
+    root = rng.normal(size=(40, 6, d, d)) + np.eye(d)
+    q = weight[:, None, None, None] * (root @ root.swapaxes(2, 3))
+    f = np.einsum("ngij,nk,nl->gikjl", q, u, u).reshape(6, d * fan_in, -1)
+    q = q[..., 0, 0] if d == 1 else q
+    block = UnitBlock(["x"], "affine", [None] * d, jnp.asarray(u), jnp.asarray(q), tolerance=1e-3)
+    g = rng.normal(size=(6, d * fan_in))
+    exact = np.linalg.solve(0.1 * np.eye(d * fan_in) + f, 1.1 * g[..., None])[..., 0]
+    x = block.solve(jnp.asarray(g), 0.1)
+    # In the eigenbasis the tolerance is on the residual.
     assert 0 < np.linalg.norm(x - exact) < 1e-2 * np.linalg.norm(exact)
+    assert chosen == [taken]
 
 
 @pytest.mark.parametrize("name", ["categorical reshaped", "gamma one", "mlp"])
