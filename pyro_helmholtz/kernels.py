@@ -47,7 +47,9 @@ class LinearFeatures(nn.Module):
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
         saved = state.get(prefix + "weight")
-        if saved is not None and self.weight is None:
+        if saved is None:
+            self.weight = None  # a state of before the first inputs
+        elif self.weight is None:
             self.weight = nn.Parameter(torch.empty_like(saved))
         super()._load_from_state_dict(state, prefix, *rest)
 
@@ -162,7 +164,7 @@ class GaussianKernel:
             with torch.no_grad():
                 self.log_bandwidth.fill_(saved)
         else:
-            self.log_bandwidth = None
+            self.log_bandwidth, self._prepared = None, False
         if isinstance(self.features, nn.Module):
             self.features.load_state_dict(state["features"])
 

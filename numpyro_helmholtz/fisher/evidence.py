@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 
 from .. import graph
 from ..checks import is_factor, stochastic_sites
@@ -162,26 +163,42 @@ def _element_weight(
     site: dict[str, Any], base: Base, weights: Array | None, layout: Layout
 ) -> Array:
     """Weight of every batch element of the unwrapped distribution; broadcasts to its shape."""
-    below = len(base.fn.event_shape)
+    sizes, masks = _within(site["fn"], base.fn)
 
-    def widen(value: Any, event: int) -> Array:
-        """An array at ``event`` dimensions from the right as one over the base's batch."""
+    def widen(value: Any, above: int = 0) -> Array:
+        """An array over the batch and ``above`` of the sizes as one over the base's batch."""
         value = jnp.asarray(value)
-        return value.reshape(value.shape + (1,) * (event - below))
+        return value.reshape(value.shape + (1,) * (len(sizes) - above))
 
-    event = len(site["fn"].event_shape)
-    batch = jnp.shape(site["value"])[: jnp.ndim(site["value"]) - event]
-    element = widen(site_scale(site) / jnp.asarray(layout.num_data, _dtype(base.fn)), event)
-    for mask, place in base.masks:
+    batch = jnp.shape(site["value"])[: jnp.ndim(site["value"]) - len(site["fn"].event_shape)]
+    element = widen(site_scale(site) / jnp.asarray(layout.num_data, _dtype(base.fn)))
+    for mask, above in masks:
         if mask is not True:
-            element = element * widen(mask, place)
+            element = element * widen(mask, above)
     if weights is not None:
-        element = element * widen(weights, event)
+        element = element * widen(weights)
         batch = jnp.broadcast_shapes(batch, weights.shape)
-    inner = base.fn.batch_shape
-    outer = jnp.broadcast_shapes(batch, site["fn"].batch_shape)
-    full = outer + inner[len(inner) - (event - below) :] if event > below else outer
-    return _sum_to(element, jnp.broadcast_shapes(element.shape, full), inner)
+    full = jnp.broadcast_shapes(batch, site["fn"].batch_shape) + sizes
+    return _sum_to(element, jnp.broadcast_shapes(element.shape, full), base.fn.batch_shape)
+
+
+def _within(fn: Any, base: Any) -> tuple[tuple[int, ...], list[tuple[Any, int]]]:
+    """Sizes of the batch dimensions, at the right, that wrappers turn into an event.
+
+    An expanded distribution may have smaller ones, or none; a transform may give the event
+    another shape.
+
+    Returns:
+        The sizes, and the masks, each with the number of sizes that it stands above.
+    """
+    sizes: tuple[int, ...] = ()
+    masks = []
+    while fn is not base:
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append((fn._mask, len(sizes)))
+        sizes += tuple(fn.base_dist.batch_shape[len(fn.batch_shape) :])
+        fn = fn.base_dist
+    return sizes, masks
 
 
 def _dtype(fn: Any) -> Any:

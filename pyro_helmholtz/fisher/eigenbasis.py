@@ -138,7 +138,7 @@ class EigenBasis:
 
     def _coupled(self, scales: Tensor, damping: float, slack: float) -> Operator:
         """Turn the components of each unit into their own eigenbasis, and treat them apart."""
-        inner, turn = torch.linalg.eigh(scales)
+        inner, turn = symmetric_eigenvectors(scales)
         units, d = inner.shape
         apart = self.inverse(inner.clamp(min=0).reshape(-1), damping, slack)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import MaskedDistribution, Unit
 from torch import Tensor
 
 from ..finder import Finder, Use
@@ -142,44 +142,65 @@ def _known_weight(
     """``_element_weight``, computed once for sites that differ in their event alone."""
     if torch.is_tensor(site["scale"]) or site["mask"] is not None or base.masks:
         return _element_weight(site, base, weight, layout)
-    at, inner = len(site["fn"].batch_shape), base.fn.batch_shape
-    key = (layout.key(site), site["scale"], site_log_prob(site).shape, inner[:at], len(inner), at)
+    inner, (sizes, _) = base.fn.batch_shape, _within(site["fn"], base.fn)
+    outer = max(len(inner) - len(sizes), 0)
+    if inner[outer:] != sizes:  # expanded: the weight counts how often each element is used
+        return _element_weight(site, base, weight, layout)
+    key = (layout.key(site), site["scale"], site_log_prob(site).shape, inner[:outer], len(sizes))
     if key in known:
         return known[key]
     element = _element_weight(site, base, weight, layout)
-    if all(size == 1 for size in element.shape[at:]):
+    if all(size == 1 for size in element.shape[max(element.ndim - len(sizes), 0) :]):
         known[key] = element
     return element
 
 
 def _element_weight(site: dict[str, Any], base: Base, weight: Any, layout: Layout) -> Tensor:
     """Weight of every batch element of the unwrapped distribution; broadcasts against them."""
-    inner = base.fn.batch_shape
-    at = len(site["fn"].batch_shape)
+    sizes, masks = _within(site["fn"], base.fn)
     batch = site_log_prob(site)
 
-    def widen(value: Tensor, at: int) -> Tensor:
-        """A tensor over ``at`` batch dimensions as one over those of the innermost."""
-        return value.reshape(value.shape + (1,) * (len(inner) - at))
+    def widen(value: Tensor, above: int = 0) -> Tensor:
+        """A tensor over the batch and ``above`` of the sizes as one over the innermost's batch."""
+        return value.reshape(value.shape + (1,) * (len(sizes) - above))
 
     element: Any = site["scale"] / layout.num_data
     if torch.is_tensor(element):
-        element = widen(element.to(batch), at)
-    for mask, place in [(site["mask"], at), *base.masks]:
+        element = widen(element.to(batch))
+    for mask, above in [(site["mask"], 0), *masks]:
         if torch.is_tensor(mask):
-            element = element * widen(mask.to(batch), place)
+            element = element * widen(mask.to(batch), above)
         elif mask is False:
             element = element * 0.0
     shape = batch.shape
     if weight is not None:
-        element = element * widen(weight, at)
+        element = element * widen(weight)
         shape = _broadcast(shape, weight.shape)
-    full = torch.Size(shape) + inner[at:]
+    full = shape + sizes
     if not torch.is_tensor(element):
         element = batch.detach().new_tensor(element)
-    if full == inner:
+    if full == base.fn.batch_shape:
         return element
-    return element.expand(_broadcast(element.shape, full)).sum_to_size(inner)
+    return element.expand(_broadcast(element.shape, full)).sum_to_size(base.fn.batch_shape)
+
+
+def _within(fn: Any, base: Any) -> tuple[torch.Size, list[tuple[Any, int]]]:
+    """Sizes of the batch dimensions, at the right, that wrappers turn into an event.
+
+    An expanded distribution may have smaller ones, or none; a transform may give the event
+    another shape.
+
+    Returns:
+        The sizes, and the masks, each with the number of sizes that it stands above.
+    """
+    sizes = torch.Size()
+    masks = []
+    while fn is not base:
+        if isinstance(fn, MaskedDistribution):
+            masks.append((fn._mask, len(sizes)))
+        sizes = torch.Size(sizes + fn.base_dist.batch_shape[len(fn.batch_shape) :])
+        fn = fn.base_dist
+    return sizes, masks
 
 
 def _broadcast(one: torch.Size, other: torch.Size) -> torch.Size:

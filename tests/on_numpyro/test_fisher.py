@@ -599,6 +599,75 @@ def test_a_latent_outside_the_data_plate():
     check(natural(model, guide), x, data_dims=(), num_data=3)
 
 
+# expanded distributions ------------------------------------------------------------------------
+
+
+SIMPLEX = dist.transforms.StickBreakingTransform()
+FOLD = dist.transforms.ReshapeTransform((3, 1), (3,))
+THIRD = jnp.array([True, False, True])
+EXPANDED = {
+    "normal": lambda v: dist.Normal(v, 0.5 + 0 * v),
+    "gamma": lambda v: dist.Gamma(jnp.exp(v), 1 + v * v),
+    "log-normal": lambda v: dist.LogNormal(v, 0.5 + 0 * v),
+    "categorical": lambda v: dist.Categorical(logits=v[..., None] * jnp.arange(3)),
+    "half-normal": lambda v: dist.HalfNormal(1 + 0 * v),
+    "student-t": lambda v: dist.StudentT(3 + 0 * v, 0 * v, 1 + 0 * v),
+    "uniform": lambda v: dist.Uniform(0 * v, 1 + 0 * v),
+    "truncated normal": lambda v: dist.TruncatedNormal(0 * v, 1 + 0 * v, low=0 * v),
+}
+WRAPPED = {
+    "event": lambda fn: fn.to_event(1),
+    "mask": lambda fn: fn.mask(THIRD).to_event(1),
+    "mask of the event": lambda fn: fn.to_event(1).mask(jnp.array([True, False, True, True])),
+    "another size": lambda fn: dist.TransformedDistribution(fn.to_event(1), SIMPLEX),
+    "another shape": lambda fn: dist.TransformedDistribution(fn.to_event(1), FOLD),
+    "masked shape": lambda fn: dist.TransformedDistribution(fn.to_event(1), FOLD).mask(
+        jnp.array([True, False, True, True])
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "wrapper"),
+    [(family, "event") for family in list(EXPANDED)[1:]] + [("normal", name) for name in WRAPPED],
+)
+def test_expanded_scalars_inform_as_arrays_of_full_shape(family, wrapper):
+    """An expanded scalar stands for every element of every datum."""
+    wrap = WRAPPED[wrapper]
+    start, loc, up = draw(), draw(), draw(3)
+    trained = family in ("normal", "gamma", "log-normal", "categorical")
+
+    def fisher(shape):
+        def full(v):
+            return jnp.broadcast_to(v, shape)
+
+        def model(x):
+            v, loc_ = numpyro.param("v", start), numpyro.param("loc", loc)
+            fn = EXPANDED[family](full(v if trained else 0.3))
+            prior = dist.Normal(full(loc_), full(1.0))
+            if not shape:
+                fn, prior = fn.expand([3]), prior.expand([3])
+            with numpyro.plate("data", 4):
+                numpyro.sample("z", prior.to_event(1))
+                numpyro.sample("x", wrap(fn), obs=x)
+
+        def guide(x):
+            with numpyro.plate("data", 4):
+                numpyro.sample("z", dist.Normal(numpyro.param("up", up), 1.0).to_event(1))
+
+        x = wrap(EXPANDED[family](jnp.full((4, 3), 0.3))).sample(random.key(3))
+        svi = natural(model, guide)
+        state = svi.init(KEY, x)
+        return from_blocks(svi.directions(state, x).fisher, svi.get_params(state))
+
+    found, truth = fisher(()), fisher((4, 3))
+    close(found, truth, 1e-10)
+    assert float(truth[0, 0]) == pytest.approx(3.0, rel=1e-10)
+    elements = {"mask": 2, "mask of the event": 2.25, "masked shape": 2.25}.get(wrapper, 3)
+    if family == "normal":
+        assert float(truth[-1, -1]) == pytest.approx(4.0 * elements, rel=1e-10)
+
+
 # routes to the information ---------------------------------------------------------------------
 
 

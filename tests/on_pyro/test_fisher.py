@@ -103,7 +103,7 @@ def test_model_blocks_are_the_joint_fisher_matrix_by_enumeration():
     model, guide, conditionals, states = exact_network(widths)
     x = patterns(3)
     scores, log_p = [], []
-    svi = natural(model, guide, num_particles=states, sleep_weight=0.0)
+    svi = natural(model, guide, num_particles=states, sleep_weight=0.0, max_plate_nesting=1)
     svi.directions(x, torch.ones(len(x), dtype=D))  # fills the parameter store
     names = leaves()
     for value in patterns(sum(widths)):
@@ -138,7 +138,7 @@ def test_model_blocks_are_the_joint_fisher_matrix_by_enumeration():
 def test_model_blocks_on_data_use_the_exact_posterior():
     model, guide, conditionals, states = exact_network((3, 2, 2))
     x = patterns(3)[[1, 6, 6]]
-    svi = natural(model, guide, num_particles=states, sleep_weight=0.0)
+    svi = natural(model, guide, num_particles=states, sleep_weight=0.0, max_plate_nesting=1)
     directions = svi.directions(x, torch.ones(3, dtype=D))
     block = next(b for b in directions.fisher.blocks if b.site == "x")
     truth = 0.0
@@ -661,6 +661,101 @@ def test_register_fisher_makes_a_users_distribution_exact(monkeypatch):
     assert next(b for b in d.fisher.blocks if b.site == "x").exact
 
 
+# expanded distributions ----------------------------------------------------------------------
+
+
+class Unexpanded(Shifted):
+    """Without an ``expand`` of its own, as most users write it."""
+
+    expand = dist.TorchDistribution.expand
+
+
+MASK = torch.tensor([True, False, True])
+MASKED_DATA = torch.tensor([True, False, True, True])
+FOLD = dist.transforms.ReshapeTransform((3,), (3, 1))
+EXPANDED = {
+    "scalar": (
+        lambda p: Unexpanded(p).expand([3]).to_event(1),
+        lambda p: dist.Normal(p.expand(4, 3), 0.5).to_event(1),
+        3,
+    ),
+    "vector": (
+        lambda p: Unexpanded(p.expand(3)).to_event(1),
+        lambda p: dist.Normal(p.expand(4, 3), 0.5).to_event(1),
+        3,
+    ),
+    "of size one": (
+        lambda p: Unexpanded(p.expand(2, 1)).expand([2, 3]).to_event(2),
+        lambda p: dist.Normal(p.expand(4, 2, 3), 0.5).to_event(2),
+        6,
+    ),
+    "two events": (
+        lambda p: Unexpanded(p.expand(3)).expand([2, 3]).to_event(1).to_event(1),
+        lambda p: dist.Normal(p.expand(4, 2, 3), 0.5).to_event(2),
+        6,
+    ),
+    "masked elements": (
+        lambda p: Unexpanded(p).expand([3]).mask(MASK).to_event(1),
+        lambda p: dist.Normal(p.expand(4, 3), 0.5).mask(MASK).to_event(1),
+        2,
+    ),
+    "masked data": (
+        lambda p: Unexpanded(p).expand([3]).to_event(1).mask(MASKED_DATA),
+        lambda p: dist.Normal(p.expand(4, 3), 0.5).to_event(1).mask(MASKED_DATA),
+        2.25,
+    ),
+    "masked, then expanded": (
+        lambda p: dist.ExpandedDistribution(Unexpanded(p.expand(3)).mask(MASK), [4, 3]).to_event(1),
+        lambda p: dist.Normal(p.expand(4, 3), 0.5).mask(MASK).to_event(1),
+        2,
+    ),
+    "another shape": (
+        lambda p: dist.TransformedDistribution(Unexpanded(p).expand([3]), [FOLD]),
+        lambda p: dist.TransformedDistribution(dist.Normal(p.expand(4, 3), 0.5), [FOLD]),
+        3,
+    ),
+    "every datum alike": (
+        lambda p: Unexpanded(p),
+        lambda p: dist.Normal(p.expand(4), 0.5),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+def test_expanded_distributions_inform_as_tensors_of_full_shape(name, monkeypatch):
+    """One that is expanded stands for every element of every datum, also beside another one."""
+    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+    ph.register_fisher(Unexpanded)(lambda d: {"where": torch.full_like(d.where.detach(), 4.0)})
+    expanded, full, elements = EXPANDED[name]
+
+    def fisher(site, other):
+        pyro.clear_param_store()
+
+        def model(x, y):
+            p, q = (pyro.param(n, torch.tensor(0.3, dtype=D)) for n in "pq")
+            with pyro.plate("data", 4):
+                pyro.sample("z", dist.Normal(torch.zeros(2, dtype=D), ONE).to_event(1))
+                pyro.sample("y", other(q), obs=y)
+                pyro.sample("x", site(p), obs=x)
+
+        def guide(x, y):
+            up = pyro.param("up", torch.zeros(2, dtype=D))
+            with pyro.plate("data", 4):
+                pyro.sample("z", dist.Normal(up, ONE).to_event(1))
+
+        x = torch.zeros(4, *full(ONE).event_shape, dtype=D)
+        pyro.set_rng_seed(0)
+        found = natural(model, guide).directions(x, torch.zeros(4, 5, dtype=D)).fisher
+        return from_blocks(found)
+
+    found = fisher(expanded, lambda q: Unexpanded(q).expand([5]).to_event(1))
+    truth = fisher(full, lambda q: dist.Normal(q.expand(4, 5), 0.5).to_event(1))
+    close(found, truth, 1e-10)
+    close(truth[0, 0], torch.tensor(4.0 * elements, dtype=D), 1e-12)
+    close(truth[1, 1], torch.tensor(20.0, dtype=D), 1e-12)
+
+
 # memory --------------------------------------------------------------------------------------
 
 
@@ -670,9 +765,10 @@ def test_programs_with_networks_train(fisher, samples):
     site, modules, _ = PROGRAMS["mlp"]
     model, guide, x = program(site, modules)
     svi = natural(model, guide, fisher=fisher, fisher_samples=samples, tolerance=1e-2)
+    svi.directions(x)  # fills the parameter store
     before = {n: p.detach().clone() for n, p in leaves().items()}
+    assert len(before) == 7
     assert all(math.isfinite(svi.step(x)) for _ in range(3))
-    before = before or {n: torch.full_like(p, 9.0) for n, p in leaves().items()}
     assert all(not torch.equal(before[n], p) for n, p in leaves().items())
 
 
@@ -732,6 +828,50 @@ def test_the_eigenbasis_is_computed_in_double_precision():
     assert (unit - torch.eye(300, dtype=torch.float64)).abs().max() < 5e-7
     again = (basis.vectors.double() * basis.values.double()) @ basis.vectors.double().t()
     assert (again - block.double()).abs().max() < 5e-7
+
+
+def saturated(seed):
+    """The information of logits of which one is far above all others, for 20 units."""
+    logits = 40 * torch.randn(20, 30, generator=torch.Generator().manual_seed(seed))
+    return families.information(dist.Categorical(logits=logits))[0]["logits"]
+
+
+def test_coupled_units_are_turned_in_double_precision():
+    """float32 ``eigh`` does not converge for most of these saturated logits."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(50, 6, generator=generator)
+    basis = EigenBasis.of(root.t() @ root / 50)
+    g = torch.randn(20, 180, generator=generator)
+    mean = (basis.vectors * basis.values).double() @ basis.vectors.double().t()
+    for seed in range(12):
+        scales = saturated(seed)
+        x = basis.inverse(scales, 0.1, 0.0)(g)
+        assert x.dtype == torch.float32
+        dense = torch.stack([torch.kron(s, mean) for s in scales.double()])
+        dense += 0.1 * torch.eye(180, dtype=D)
+        exact = torch.linalg.solve(dense, g.double())
+        close(x.double(), exact, 1e-4)
+
+
+def test_saturated_logits_train():
+    biases = 40 * torch.randn(20, 30, generator=torch.Generator().manual_seed(1))
+    x = biases.argmax(-1).expand(8, 20).clone()
+
+    def model(x):
+        w = pyro.param("w", torch.zeros(5, 20, 30))
+        c = pyro.param("c", biases)
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(5)).to_event(1))
+            logits = (h @ w.reshape(5, 600)).reshape(*h.shape[:-1], 20, 30) + c
+            pyro.sample("x", dist.Categorical(logits=logits).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            logits = x.float() @ pyro.param("up", torch.zeros(20, 5))
+            pyro.sample("h", dist.Bernoulli(logits=logits).to_event(1))
+
+    svi = ph.NaturalRWS(model, guide, fisher="kronecker")
+    assert all(math.isfinite(svi.step(x)) for _ in range(3))
 
 
 @pytest.mark.parametrize("mean", [False, True])

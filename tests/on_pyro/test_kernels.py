@@ -2,11 +2,13 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 
-from pyro_helmholtz import GaussianKernel, LinearFeatures
+from pyro_helmholtz import ALWS, GaussianKernel, LinearFeatures
 from pyro_helmholtz.kernels import deviation, median_distance, spread
 
 F64 = torch.float64
@@ -86,6 +88,53 @@ def test_state(features):
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(x, y), second(x, y))
     assert first.parameters().keys() == second.parameters().keys()
+
+
+@pytest.mark.parametrize("features", [None, "linear", "within"])
+def test_a_state_of_before_the_first_sleep_set(features):
+    """It makes a kernel that has seen one as it was: the next sleep set decides."""
+    make = {
+        None: lambda: None,
+        "linear": lambda: LinearFeatures(2),
+        "within": lambda: nn.Sequential(LinearFeatures(2), nn.Tanh()),
+    }[features]
+    kernel = GaussianKernel(features=make())
+    early, fresh = kernel.state_dict(), kernel.parameters().keys()
+    x, y = points(20, 3), points(5, 3, 1)
+    torch.manual_seed(0)
+    first = kernel(x, y)
+    width = kernel.bandwidth
+    kernel.prepare(10 * x)
+    kernel.load_state_dict(early)
+    assert math.isnan(kernel.bandwidth) and kernel.parameters().keys() == fresh
+    torch.manual_seed(0)
+    kernel.prepare(x)
+    assert kernel.bandwidth == width and torch.equal(kernel(x, y), first)
+
+
+@pytest.mark.parametrize("features", [None, "linear"])
+def test_a_run_goes_back_to_before_its_first_step(features):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    net, x = nn.Linear(2, 4).double(), points(10, 4)
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    kernel = GaussianKernel(features=LinearFeatures(3) if features else None)
+    svi = ALWS(model, num_sleep=50, kernel=kernel, adapt=1e-2, held_out=5)
+    early, start = svi.state_dict(), {n: p.detach().clone() for n, p in net.named_parameters()}
+    svi.step(x)
+    runs = []
+    for _ in range(2):
+        svi.load_state_dict(early)
+        net.load_state_dict(start)
+        pyro.set_rng_seed(1)
+        runs.append([svi.step(x), svi.step(x)])
+    assert runs[0] == runs[1]
 
 
 def test_gradients_by_finite_differences():
