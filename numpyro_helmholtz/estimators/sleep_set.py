@@ -143,7 +143,7 @@ def check_dreams(trace: Trace) -> None:
                 f"observed site {name!r} is a Delta: dreams of it never come near the data, and "
                 "its density has no gradient. Observe a distribution with noise."
             )
-        for mask, _ in base.masks:
+        for mask in base.masks:
             unknown = isinstance(mask, jax.core.Tracer)
             if unknown or not bool(np.all(np.asarray(mask))):
                 raise ValueError(

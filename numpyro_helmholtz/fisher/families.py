@@ -65,9 +65,9 @@ def _logistic_variance(logits: Array) -> Array:
     return e / jnp.square(1 + e)
 
 
-def _tiny(x: Array) -> float:
+def tiny(x: Any) -> float:
     """A floor that is safe to divide by."""
-    return float(jnp.finfo(x.dtype).tiny) ** 0.5
+    return float(jnp.finfo(jnp.result_type(x, float)).tiny) ** 0.5
 
 
 @register_fisher(dist.BernoulliLogits)
@@ -77,7 +77,7 @@ def _bernoulli_logits(d: Any) -> Information:
 
 @register_fisher(dist.BernoulliProbs)
 def _bernoulli_probs(d: Any) -> Information:
-    return {"probs": 1 / jnp.maximum(d.probs * (1 - d.probs), _tiny(d.probs))}
+    return {"probs": 1 / jnp.maximum(d.probs * (1 - d.probs), tiny(d.probs))}
 
 
 @register_fisher(dist.BinomialLogits)
@@ -87,18 +87,18 @@ def _binomial_logits(d: Any) -> Information:
 
 @register_fisher(dist.BinomialProbs)
 def _binomial_probs(d: Any) -> Information:
-    return {"probs": d.total_count / jnp.maximum(d.probs * (1 - d.probs), _tiny(d.probs))}
+    return {"probs": d.total_count / jnp.maximum(d.probs * (1 - d.probs), tiny(d.probs))}
 
 
 @register_fisher(dist.Normal)
 def _normal(d: Any) -> Information:
-    precision = d.scale**-2
+    precision = d.scale**-2.0
     return {"loc": precision, "scale": 2 * precision}
 
 
 @register_fisher(dist.Laplace)
 def _laplace(d: Any) -> Information:
-    precision = d.scale**-2
+    precision = d.scale**-2.0
     return {"loc": precision, "scale": precision}
 
 
@@ -109,7 +109,7 @@ def _poisson(d: Any) -> Information:
 
 @register_fisher(dist.Exponential)
 def _exponential(d: Any) -> Information:
-    return {"rate": d.rate**-2}
+    return {"rate": d.rate**-2.0}
 
 
 @register_fisher(dist.GeometricLogits)
@@ -119,7 +119,7 @@ def _geometric_logits(d: Any) -> Information:
 
 @register_fisher(dist.GeometricProbs)
 def _geometric_probs(d: Any) -> Information:
-    return {"probs": 1 / (d.probs**2 * (1 - d.probs))}
+    return {"probs": 1 / jnp.maximum(d.probs**2 * (1 - d.probs), tiny(d.probs))}
 
 
 def _simplex_logits(logits: Array) -> Array:
@@ -128,7 +128,7 @@ def _simplex_logits(logits: Array) -> Array:
 
 
 def _simplex_probs(probs: Array) -> Array:
-    return _diagonal(1 / jnp.maximum(probs, _tiny(probs)))
+    return _diagonal(1 / jnp.maximum(probs, tiny(probs)))
 
 
 @register_fisher(dist.CategoricalLogits)
@@ -155,17 +155,21 @@ def _multinomial_probs(d: Any) -> Information:
 
 @register_fisher(dist.VonMises)
 def _von_mises(d: Any) -> Information:
-    kappa = d.concentration
+    kappa = jnp.asarray(d.concentration, jnp.result_type(d.concentration, float))
     a = i1e(kappa) / i0e(kappa)
-    small = kappa <= 1e-4
+    small, large = kappa <= 1e-4, kappa > (4 / jnp.finfo(kappa.dtype).eps) ** (1 / 6)
     ratio = jnp.where(small, 0.5 - kappa**2 / 16, a / jnp.where(small, 1.0, kappa))
-    return {"loc": kappa * a, "concentration": jnp.maximum(1 - a**2 - ratio, 0)}
+    # The difference loses its digits where the series in 1/κ has them.
+    inverse = 1 / jnp.where(large, kappa, 1.0)
+    series = inverse**2 * (0.5 + inverse * (0.25 + inverse * (0.375 + inverse * 0.78125)))
+    spread = jnp.where(large, series, jnp.maximum(1 - a**2 - ratio, 0))
+    return {"loc": kappa * a, "concentration": spread}
 
 
 @register_fisher(dist.Gamma)
 def _gamma(d: Any) -> Information:
     a, b = d.concentration, d.rate
-    return {("concentration", "rate"): _matrix([[polygamma(1, a), -1 / b], [-1 / b, a / b**2]])}
+    return {("concentration", "rate"): matrix_of([[polygamma(1, a), -1 / b], [-1 / b, a / b**2]])}
 
 
 @register_fisher(dist.Beta)
@@ -173,7 +177,7 @@ def _beta(d: Any) -> Information:
     a, b = d.concentration1, d.concentration0
     both = polygamma(1, a + b)
     return {
-        ("concentration1", "concentration0"): _matrix(
+        ("concentration1", "concentration0"): matrix_of(
             [[polygamma(1, a) - both, -both], [-both, polygamma(1, b) - both]]
         )
     }
@@ -188,7 +192,8 @@ def _diagonal(x: Array) -> Array:
     return x[..., None] * jnp.eye(x.shape[-1], dtype=x.dtype)
 
 
-def _matrix(rows: list[list[Array]]) -> Array:
+def matrix_of(rows: list[list[Array]]) -> Array:
+    """Coupled arguments' information (..., d, d) of its entries, which may broadcast."""
     return jnp.stack([jnp.stack(jnp.broadcast_arrays(*row), -1) for row in rows], -2)
 
 
@@ -199,29 +204,34 @@ class Base:
     Attributes:
         fn: the innermost distribution.
         transforms: the bijections taken off; the information does not cover their parameters.
-        masks: masks taken off, each with the number of event dimensions below it.
+        masks: masks taken off.
     """
 
     fn: Any
     transforms: list[Any]
-    masks: list[tuple[Any, int]]
+    masks: list[Any]
+
+
+def _has_rule(fn: Any) -> bool:
+    return any(cls in _RULES for cls in type(fn).__mro__)
 
 
 def unwrap(fn: Any) -> Base:
     """Take off Independent, masks, expansions and bijections.
 
-    A fixed bijection changes neither the parameters nor their Fisher information.
+    A fixed bijection changes neither the parameters nor their Fisher information. A transformed
+    distribution that has a rule of its own stays whole.
     """
     transforms: list[Any] = []
-    masks: list[tuple[Any, int]] = []
+    masks: list[Any] = []
     while True:
-        if isinstance(fn, dist.TransformedDistribution):
+        if isinstance(fn, dist.TransformedDistribution) and not _has_rule(fn):
             for transform in fn.transforms:
                 composed = isinstance(transform, ComposeTransform)
                 transforms += transform.parts if composed else [transform]
             fn = fn.base_dist
         elif isinstance(fn, dist.MaskedDistribution):
-            masks.append((fn._mask, len(fn.event_shape)))
+            masks.append(fn._mask)
             fn = fn.base_dist
         elif isinstance(fn, dist.Independent | dist.ExpandedDistribution):
             fn = fn.base_dist
@@ -292,6 +302,8 @@ def argument_names(fn: Any) -> list[str]:
     found = []
     for name in fn.arg_constraints:
         value = fn.__dict__.get(name)
+        if name == "mean" and isinstance(fn, dist.NegativeBinomial2):
+            value = fn.mean  # kept as a rate
         if value is not None and jnp.issubdtype(jnp.result_type(value), jnp.floating):
             found.append(name)
     return found

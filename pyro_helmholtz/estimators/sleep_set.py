@@ -118,7 +118,7 @@ def check_dreams(trace: poutine.Trace, observed: dict[str, Any]) -> None:
                 f"observed site {name!r} is a Delta: dreams of it never come near the data, and "
                 "its density has no gradient. Observe a distribution with noise."
             )
-        for mask in [site["mask"], *(m for m, _ in base.masks)]:
+        for mask in [site["mask"], *base.masks]:
             if mask is not None and not bool(torch.as_tensor(mask).all()):
                 raise ValueError(
                     f"site {name!r} is masked. Amortised learning regresses on whole "

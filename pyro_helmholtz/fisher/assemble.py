@@ -216,9 +216,9 @@ def _vector_parts(group: _Group) -> tuple[list[Component], list[Part], str]:
 
 
 def _part(root: Root, coefficients: Tensor) -> Part:
-    """In the parameters' type: a program may go on in another after the layer."""
-    pieces = root.pieces()
-    return Part(pieces, coefficients.to(pieces[0].dtype))
+    """In the parameters' type: a program may be in another in the layer (autocast) or after it."""
+    dtype = root.terms[0].leaf.dtype
+    return Part([piece.to(dtype) for piece in root.pieces()], coefficients.to(dtype))
 
 
 def _same_features(one: Root, other: Root) -> bool:

@@ -57,14 +57,32 @@ def register_fisher(distribution: type) -> Callable[[R], R]:
     return decorate
 
 
+def _logistic_variance(logits: Tensor) -> Tensor:
+    """``σ(l) σ(-l)``."""
+    p = logits.abs().neg_().sigmoid_()  # at most ½, so that 1 − p keeps its digits
+    return p.addcmul_(p, p, value=-1)
+
+
+def floored(x: Tensor) -> Tensor:
+    """At least what is safe to divide by."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny ** 0.5)
+
+
 @register_fisher(torch.distributions.Bernoulli)
 def _bernoulli(d: Any) -> Information:
     if d.__dict__.get("logits") is d._param:
-        p = d.logits.detach().abs().neg_().sigmoid_()  # at most ½, so that 1 − p keeps its digits
-        return {"logits": p.addcmul_(p, p, value=-1)}
+        return {"logits": _logistic_variance(d.logits.detach())}
     probs = d.probs.detach()
-    tiny = torch.finfo(probs.dtype).tiny
-    return {"probs": 1 / (probs * (1 - probs)).clamp(min=tiny**0.5)}
+    return {"probs": 1 / floored(probs * (1 - probs))}
+
+
+@register_fisher(torch.distributions.Binomial)
+def _binomial(d: Any) -> Information:
+    count = d.total_count.detach()
+    if "logits" in argument_names(d):
+        return {"logits": count * _logistic_variance(d.logits.detach())}
+    probs = d.probs.detach()
+    return {"probs": count / floored(probs * (1 - probs))}
 
 
 @register_fisher(torch.distributions.Normal)
@@ -94,7 +112,7 @@ def _geometric(d: Any) -> Information:
     probs = d.probs.detach()
     if "logits" in argument_names(d):
         return {"logits": 1 - probs}
-    return {"probs": 1 / (probs**2 * (1 - probs))}
+    return {"probs": 1 / floored(probs**2 * (1 - probs))}
 
 
 @register_fisher(torch.distributions.Categorical)
@@ -103,8 +121,12 @@ def _categorical(d: Any) -> Information:
     probs = d.probs.detach()
     if "logits" in argument_names(d):
         return {"logits": torch.diag_embed(probs) - probs[..., None] * probs[..., None, :]}
-    tiny = torch.finfo(probs.dtype).tiny
-    return {"probs": torch.diag_embed(1 / probs.clamp(min=tiny**0.5))}
+    return {"probs": torch.diag_embed(1 / floored(probs))}
+
+
+@register_fisher(torch.distributions.Multinomial)
+def _multinomial(d: Any) -> Information:
+    return {name: d.total_count * value for name, value in _categorical(d).items()}
 
 
 @register_fisher(torch.distributions.VonMises)
@@ -112,14 +134,19 @@ def _von_mises(d: Any) -> Information:
     kappa = d.concentration.detach()
     a = torch.special.i1e(kappa) / torch.special.i0e(kappa)
     ratio = torch.where(kappa > 1e-4, a / kappa.clamp(min=1e-4), 0.5 - kappa**2 / 16)
-    return {"loc": kappa * a, "concentration": (1 - a**2 - ratio).clamp(min=0)}
+    # The difference loses its digits where the series in 1/κ has them.
+    large = kappa > (4 / torch.finfo(kappa.dtype).eps) ** (1 / 6)
+    inverse = 1 / torch.where(large, kappa, 1.0)
+    series = inverse**2 * (0.5 + inverse * (0.25 + inverse * (0.375 + inverse * 0.78125)))
+    spread = torch.where(large, series, (1 - a**2 - ratio).clamp(min=0))
+    return {"loc": kappa * a, "concentration": spread}
 
 
 @register_fisher(torch.distributions.Gamma)
 def _gamma(d: Any) -> Information:
     a, b = d.concentration.detach(), d.rate.detach()
     return {
-        ("concentration", "rate"): _matrix([[torch.polygamma(1, a), -1 / b], [-1 / b, a / b**2]])
+        ("concentration", "rate"): matrix_of([[torch.polygamma(1, a), -1 / b], [-1 / b, a / b**2]])
     }
 
 
@@ -128,7 +155,7 @@ def _beta(d: Any) -> Information:
     a, b = d.concentration1.detach(), d.concentration0.detach()
     both = torch.polygamma(1, a + b)
     return {
-        ("concentration1", "concentration0"): _matrix(
+        ("concentration1", "concentration0"): matrix_of(
             [[torch.polygamma(1, a) - both, -both], [-both, torch.polygamma(1, b) - both]]
         )
     }
@@ -139,7 +166,8 @@ def _multivariate_normal(d: Any) -> Information:
     return {"loc": d.precision_matrix.detach()}
 
 
-def _matrix(rows: list[list[Tensor]]) -> Tensor:
+def matrix_of(rows: list[list[Tensor]]) -> Tensor:
+    """Coupled arguments' information (..., d, d) of its entries, which may broadcast."""
     return torch.stack([torch.stack(torch.broadcast_tensors(*row), -1) for row in rows], -2)
 
 
@@ -150,30 +178,35 @@ class Base:
     Attributes:
         fn: the innermost distribution.
         transforms: the bijections taken off; the information does not cover their parameters.
-        masks: masks taken off, each with the number of batch dimensions it stood at.
+        masks: masks taken off.
     """
 
     fn: Any
     transforms: list[Transform]
-    masks: list[tuple[Any, int]]
+    masks: list[Any]
+
+
+def _has_rule(fn: Any) -> bool:
+    return any(cls in _RULES for cls in type(fn).__mro__)
 
 
 def unwrap(fn: Any) -> Base:
     """Take off Independent, masks, expansions and bijections.
 
-    A fixed bijection changes neither the parameters nor their Fisher information.
+    A fixed bijection changes neither the parameters nor their Fisher information. A transformed
+    distribution that has a rule of its own stays whole.
     """
     transforms: list[Transform] = []
-    masks: list[tuple[Any, int]] = []
+    masks: list[Any] = []
     while True:
-        if isinstance(fn, torch.distributions.TransformedDistribution):
+        if isinstance(fn, torch.distributions.TransformedDistribution) and not _has_rule(fn):
             for transform in fn.transforms:
                 transforms += (
                     transform.parts if isinstance(transform, ComposeTransform) else [transform]
                 )
             fn = fn.base_dist
         elif isinstance(fn, dist.torch_distribution.MaskedDistribution):
-            masks.append((fn._mask, len(fn.batch_shape)))
+            masks.append(fn._mask)
             fn = fn.base_dist
         elif isinstance(
             fn,
@@ -238,6 +271,8 @@ def argument_names(fn: Any) -> list[str]:
     """
     if isinstance(fn, torch.distributions.Beta):
         return ["concentration1", "concentration0"]  # views of a Dirichlet's argument
+    if isinstance(fn, dist.GammaPoisson):
+        return ["concentration", "rate"]  # those of a Gamma
     held = getattr(fn, "_categorical", fn).__dict__
     given = held.get("_param")
     names = []

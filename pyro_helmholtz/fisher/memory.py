@@ -97,8 +97,14 @@ class Memory:
             )
 
     def remember(self, blocks: list[Block]) -> None:
-        """Take in a batch."""
-        self.batches.append(blocks)
+        """Take in a batch.
+
+        Of blocks that it does not have, as of a latent that is observed in some batches, those
+        of the batch before stay.
+        """
+        here = {block.key for block in blocks}
+        before = self.batches[-1] if self.batches else []
+        self.batches.append(blocks + [block for block in before if block.key not in here])
         while len(self.batches) > self._length():
             self.batches.popleft()
         for block in blocks:

@@ -1,7 +1,10 @@
 """The Fisher information of every family against the outer product of its scores."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
@@ -129,6 +132,41 @@ def test_saturated_units_keep_a_finite_information(value, dtype):
     assert float(info[0]) == pytest.approx(2.0611536e-09, rel=1e-4)
 
 
+def variance_of_cosine(kappa):
+    """Of a von Mises variable, by quadrature: the information of its concentration."""
+    x = np.linspace(-1, 1, 20001)[1:] * min(np.pi, 14 / np.sqrt(kappa))
+    below = -2 * np.sin(x / 2) ** 2  # cos x - 1
+    weight = np.exp(kappa * below)
+    mean = (weight * below).sum() / weight.sum()
+    return (weight * (below - mean) ** 2).sum() / weight.sum()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(jnp.float32, 1e-3), (jnp.float64, 1e-9)])
+@pytest.mark.parametrize("kappa", [0.5, 3.0, 15.0, 25.0, 400.0, 900.0, 1e4, 1e6])
+def test_concentrated_von_mises(kappa, dtype, error):
+    fn = dist.VonMises(jnp.zeros((), dtype), jnp.asarray(kappa, dtype))
+    found = families.information(fn)[0]["concentration"]
+    assert found.dtype == dtype
+    assert float(found) == pytest.approx(variance_of_cosine(kappa), rel=error)
+
+
+@pytest.mark.parametrize(
+    ("fn", "name"),
+    [
+        (lambda one: dist.Normal(A, one), "loc"),
+        (lambda one: dist.Laplace(A, one), "loc"),
+        (lambda one: dist.Exponential(one), "rate"),
+        (lambda one: dist.Poisson(one), "rate"),
+        (lambda one: dist.VonMises(A, one), "loc"),
+        (lambda one: dist.Bernoulli(one / 2), "probs"),
+        (lambda one: dist.Geometric(one / 2), "probs"),
+    ],
+)
+def test_plain_numbers_as_arguments(fn, name):
+    plain = families.information(fn(1))[0][name]
+    close(plain, families.information(fn(jnp.ones(())))[0][name], 1e-12)
+
+
 def test_unwrapping_takes_off_every_wrapper():
     fn = dist.Normal(A, B).mask(jnp.array([True, False, True])).to_event(1).expand([4])
     fn = dist.TransformedDistribution(fn, [dist.transforms.ExpTransform()])
@@ -136,6 +174,143 @@ def test_unwrapping_takes_off_every_wrapper():
     assert type(base.fn).__name__ == "Normal"
     assert len(base.transforms) == 1 and len(base.masks) == 1
     assert families.unwrap(dist.LogNormal(A, B)).fn.loc is not None
+
+
+# counts -----------------------------------------------------------------------------------------
+
+N, R = np.array([7, 3, 12]), np.array([0.4, 5.0, 2.5])
+BOTH = jnp.stack([A, B])
+COUNTED = jnp.array([v for v in itertools.product(range(6), repeat=3) if sum(v) == 5], float)
+COUNTS = {
+    "binomial logits": (lambda v: dist.Binomial(N, logits=v), "logits", A, 13),
+    "binomial probs": (lambda v: dist.Binomial(N, probs=v), "probs", P, 13),
+    "multinomial logits": (lambda v: dist.Multinomial(5, logits=v), "logits", BOTH, None),
+    "multinomial probs": (
+        lambda v: dist.Multinomial(5, probs=v / v.sum(-1, keepdims=True)),
+        "probs",
+        jax.nn.softmax(BOTH),
+        None,
+    ),
+}
+# Makes it of count and argument; the arguments' names; a value; its logits.
+DISPERSED = {
+    "logits": (
+        lambda r, v: dist.NegativeBinomial(r, logits=v),
+        ("total_count", "logits"),
+        A,
+        lambda r, v: v,
+    ),
+    "probs": (
+        lambda r, v: dist.NegativeBinomial(r, probs=v),
+        ("total_count", "probs"),
+        P,
+        lambda r, v: jax.scipy.special.logit(v),
+    ),
+    "rate": (dist.GammaPoisson, ("concentration", "rate"), B, lambda r, v: -jnp.log(v)),
+    "mean": (
+        lambda r, v: dist.NegativeBinomial2(v, r),
+        ("concentration", "mean"),
+        B,
+        lambda r, v: jnp.log(v / r),
+    ),
+}
+
+
+def enumerated(make, values, nodes):
+    """E[score scoreᵀ] by a sum over the support: (*batch, d, d)."""
+    batch = make(*values).batch_shape
+    wide = [jnp.broadcast_to(v, (len(nodes), *v.shape)) for v in values]
+    inside = (
+        nodes <= N if isinstance(make(*values), dist.BinomialLogits | dist.BinomialProbs) else 1
+    )
+    nodes = nodes * inside
+
+    def log_prob(wide):
+        return make(*wide).log_prob(nodes)
+
+    weight = jnp.exp(log_prob(wide)) * inside
+    scores = jax.grad(lambda wide: log_prob(wide).sum())(wide)
+    close(weight.sum(0), jnp.ones(batch), 1e-12)
+    score = scores[0] if scores[0].ndim > weight.ndim else jnp.stack(scores, -1)
+    return jnp.einsum("n...,n...i,n...j->...ij", weight, score, score)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_information_of_counts_equals_enumeration(name):
+    make, argument, value, size = COUNTS[name]
+    nodes = COUNTED[:, None] if size is None else jnp.arange(float(size))[:, None]
+    truth = enumerated(make, [value], nodes)
+    info, exact, how = families.information(make(value))
+    assert exact and how == "closed form" and list(info) == [argument]
+    if "multinomial probs" in name:  # along the simplex
+        along = jnp.eye(3) - 1 / 3
+        info, truth = {argument: along @ info[argument] @ along}, along @ truth @ along
+    elif size is not None:
+        truth = truth[..., 0, 0]
+    close(info[argument], truth, 1e-8)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("name", DISPERSED)
+def test_information_of_a_negative_binomial_equals_enumeration(name, learned):
+    make, arguments, value, logits = DISPERSED[name]
+    nodes = jnp.arange(600.0)[:, None]
+
+    def by_logits(r, v):  # NumPyro's log-density of the other forms is good to 1e-7 only
+        return dist.NegativeBinomial(r, logits=logits(r, v))
+
+    close(make(R, value).log_prob(nodes[:20]), by_logits(R, value).log_prob(nodes[:20]), 1e-6)
+    truth = enumerated(by_logits, [jnp.asarray(R), value], nodes)
+    info, exact, how = families.information(make(jnp.asarray(R) if learned else R, value))
+    assert exact and how == "closed form"
+    if not learned:
+        close(info.pop(arguments[1]), truth[..., 1, 1], 1e-8)
+    elif name == "mean":  # orthogonal to the concentration
+        close(truth[..., 0, 1], jnp.zeros(3), 1e-8)
+        for i, argument in enumerate(arguments):
+            close(info.pop(argument), truth[..., i, i], 1e-8)
+    else:
+        close(info.pop(arguments), truth, 1e-8)
+    assert not info
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("logit", [-80.0, -3.0, 0.0, 6.0, 80.0])
+@pytest.mark.parametrize("count", [1e-4, 0.1, 30.0, 1e6])
+def test_a_learned_count_at_extremes(count, logit, dtype):
+    """Between that of the count beside unknown logits, and the variance of its score at most."""
+    r, logits = jnp.array([count], dtype), jnp.array([logit], dtype)
+    ((_, matrix),) = families.information(dist.NegativeBinomial(r, logits=logits))[0].items()
+    p = jax.nn.sigmoid(logits)
+    assert matrix.dtype == dtype and bool(jnp.isfinite(matrix).all())
+    assert bool((matrix[:, 0, 0] >= p / r * (1 - 1e-6)).all())
+    most = jnp.minimum(polygamma(1, r), jnp.exp(logits) / r)  # all of x, or of its mean
+    assert bool((matrix[:, 0, 0] <= most * (1 + 1e-4)).all())
+
+
+LEARNED = {
+    "fixed": lambda h, w: dist.NegativeBinomial(5.0, logits=w.layer("a", h, 2)),
+    "fixed integer": lambda h, w: dist.NegativeBinomial(5, logits=w.layer("a", h, 2)),
+    "learned": lambda h, w: dist.NegativeBinomial(
+        jax.nn.softplus(w.layer("r", h, 2)), logits=w.layer("a", h, 2)
+    ),
+    "mean": lambda h, w: dist.NegativeBinomial2(jnp.exp(w.layer("a", h, 2)), 5.0),
+    "mean, integer": lambda h, w: dist.NegativeBinomial2(jnp.exp(w.layer("a", h, 2)), 5),
+    "mean, learned": lambda h, w: dist.NegativeBinomial2(
+        jnp.exp(w.layer("a", h, 2)), jax.nn.softplus(w.layer("r", h, 2))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_report_calls_counts_exact(name):
+    model, guide, x = program(lambda h, w: LEARNED[name](h, w).to_event(1))
+    rows = [row for row in natural(model, guide).structure(KEY, x) if row.site == "x"]
+    names = {"a", "r"} if "learned" in name else {"a"}
+    assert {n for row in rows for n in row.params} == {f"{n}.{p}" for n in names for p in "wb"}
+    assert all(row.exact and row.note.startswith("closed form") for row in rows)
+    if name != "mean, learned":  # where the mean that NumPyro keeps is of the concentration too
+        assert rows[0].kind == "affine" and rows[0].units == 2
 
 
 # the registry ----------------------------------------------------------------------------------
@@ -261,7 +436,6 @@ def test_arguments_that_are_python_numbers():
         lambda o: dist.OrderedLogistic(o[..., 0], jnp.array([-1.0, 0.0, 1.0])),
         lambda o: dist.LowRankMultivariateNormal(o, jnp.ones((2, 1)), jnp.ones(2)),
         lambda o: dist.BetaProportion(jax.nn.sigmoid(o[..., 0]), 2.0 + o[..., 1] ** 2),
-        lambda o: dist.NegativeBinomial2(jnp.exp(o[..., 0]), 2.0),
         lambda o: dist.MultivariateStudentT(5.0, o, jnp.eye(2)),
     ],
 )
@@ -283,3 +457,45 @@ def test_zero_inflated_families_have_scores(make):
     model, guide, x = program(lambda h, w: make(w.layer("a", h, 2)))
     (row,) = [r for r in natural(model, guide).structure(KEY, x) if r.site == "x"]
     assert not row.exact and "scores" in row.note
+
+
+def test_a_rule_of_a_transformed_distribution(monkeypatch):
+    """Transforms are taken off where there is none; the location's information is 1/scale²."""
+    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+
+    class Extreme(dist.TransformedDistribution):
+        arg_constraints = {"loc": dist.constraints.real}
+        reparametrized_params = ["loc"]
+        pytree_data_fields = ("loc",)
+
+        def __init__(self, loc, *, validate_args=None):
+            self.loc = loc
+            base = dist.Gumbel(jnp.zeros_like(loc), 2.0)
+            super().__init__(base, dist.transforms.AffineTransform(loc, 1.0))
+
+    def model(x):
+        loc = numpyro.param("loc", jnp.zeros(3))
+        with numpyro.plate("data", len(x)):
+            h = numpyro.sample("h", dist.Bernoulli(jnp.array(0.5)))
+            numpyro.sample("x", Extreme(loc * (1 + h[..., None])).to_event(1), obs=x)
+
+    def guide(x):
+        logit = numpyro.param("logit", jnp.zeros(()))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("h", dist.Bernoulli(logits=logit))
+
+    x = jnp.ones((4, 3))
+
+    def blocks():
+        svi = natural(model, guide)
+        return {tuple(b.params): b for b in svi.directions(svi.init(KEY, x), x).fisher.blocks}
+
+    assert ("loc",) not in blocks()
+
+    @families.register_fisher(Extreme)
+    def rule(d):
+        return {"loc": jnp.full_like(d.loc, 0.25)}
+
+    share = blocks()["loc",].dense().reshape(3) * 4  # E (1 + h)², between 1 and 4
+    assert bool((share >= 1).all()) and bool((share <= 4).all())
+    close(share, jnp.broadcast_to(share[0], 3), 1e-12)

@@ -1,10 +1,14 @@
 """The Fisher information of every family against the outer product of its scores."""
 
+import itertools
+
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import pyro_helmholtz as ph
 from pyro_helmholtz.fisher import families
@@ -137,6 +141,24 @@ def test_saturated_units_keep_a_finite_information(value, dtype):
     assert float(info) == pytest.approx(2.0611536e-09, rel=1e-4)
 
 
+def variance_of_cosine(kappa):
+    """Of a von Mises variable, by quadrature: the information of its concentration."""
+    x = np.linspace(-1, 1, 20001)[1:] * min(np.pi, 14 / np.sqrt(kappa))
+    below = -2 * np.sin(x / 2) ** 2  # cos x - 1
+    weight = np.exp(kappa * below)
+    mean = (weight * below).sum() / weight.sum()
+    return (weight * (below - mean) ** 2).sum() / weight.sum()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-3), (D, 1e-9)])
+@pytest.mark.parametrize("kappa", [0.5, 3.0, 15.0, 25.0, 400.0, 900.0, 1e4, 1e6])
+def test_concentrated_von_mises(kappa, dtype, error):
+    fn = dist.VonMises(torch.zeros((), dtype=dtype), torch.tensor(kappa, dtype=dtype))
+    found = families.information(fn)[0]["concentration"]
+    assert found.dtype == dtype
+    assert float(found) == pytest.approx(variance_of_cosine(kappa), rel=error)
+
+
 def test_unwrapping_takes_off_every_wrapper():
     fn = dist.Normal(A, B).mask(torch.tensor([True, False, True])).to_event(1).expand([4])
     fn = dist.TransformedDistribution(fn, [dist.transforms.ExpTransform()])
@@ -144,6 +166,108 @@ def test_unwrapping_takes_off_every_wrapper():
     assert type(base.fn).__name__ == "Normal"
     assert len(base.transforms) == 1 and len(base.masks) == 1
     assert families.unwrap(dist.LogNormal(A, B)).fn.loc is not None
+
+
+# counts ---------------------------------------------------------------------------------------
+
+N, R = t(7, 3, 12), t(0.4, 5.0, 2.5)
+BOTH = torch.stack([A, B])
+COUNTED = torch.tensor(
+    [v for v in itertools.product(range(6), repeat=3) if sum(v) == 5], dtype=D
+)  # what five draws from three categories may give
+COUNTS = {
+    "binomial logits": (lambda v: dist.Binomial(N, logits=v), "logits", A, 13),
+    "binomial probs": (lambda v: dist.Binomial(N, probs=v), "probs", P, 13),
+    "multinomial logits": (lambda v: dist.Multinomial(5, logits=v), "logits", BOTH, None),
+    "multinomial probs": (lambda v: dist.Multinomial(5, probs=v), "probs", BOTH.softmax(-1), None),
+    "negative binomial logits": (lambda v: dist.NegativeBinomial(R, logits=v), "logits", A, 600),
+    "negative binomial probs": (lambda v: dist.NegativeBinomial(R, probs=v), "probs", P, 600),
+    "gamma-poisson rate": (lambda v: dist.GammaPoisson(R, v), "rate", B, 600),
+}
+DISPERSED = {
+    "logits": (lambda r, v: dist.NegativeBinomial(r, logits=v), ("total_count", "logits"), A),
+    "probs": (lambda r, v: dist.NegativeBinomial(r, probs=v), ("total_count", "probs"), P),
+    "rate": (dist.GammaPoisson, ("concentration", "rate"), B),
+}
+
+
+def enumerated(make, values, nodes):
+    """E[score scoreᵀ] by a sum over the support: (*batch, d, d)."""
+    with torch.enable_grad():
+        wide = [v.expand(len(nodes), *v.shape).clone().requires_grad_() for v in values]
+        fn = make(*wide)
+        inside = nodes <= fn.total_count if isinstance(fn, dist.Binomial) else True
+        if torch.is_tensor(inside):
+            nodes = torch.where(inside, nodes, 0.0)
+        log_p = fn.log_prob(nodes.expand(len(nodes), *fn.batch_shape[1:], *fn.event_shape))
+        scores = torch.autograd.grad(log_p.sum(), wide)
+    weight = log_p.detach().exp() * inside
+    close(weight.sum(0), torch.ones(fn.batch_shape[1:], dtype=D), 1e-12)
+    score = scores[0] if scores[0].ndim > log_p.ndim else torch.stack(scores, -1)
+    return torch.einsum("n...,n...i,n...j->...ij", weight, score, score)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_information_of_counts_equals_enumeration(name):
+    make, argument, value, size = COUNTS[name]
+    nodes = COUNTED[:, None] if size is None else torch.arange(size, dtype=D)[:, None]
+    truth = enumerated(make, [value], nodes)
+    info, exact, how = families.information(make(value))
+    assert exact and how == "closed form" and list(info) == [argument]
+    if "multinomial probs" in name:  # along the simplex
+        along = torch.eye(3, dtype=D) - 1 / 3
+        info, truth = {argument: along @ info[argument] @ along}, along @ truth @ along
+    elif size is not None:
+        truth = truth[..., 0, 0]
+    close(info[argument], truth, 1e-8)
+
+
+@pytest.mark.parametrize("name", DISPERSED)
+def test_information_of_a_count_that_is_learned_equals_enumeration(name):
+    make, arguments, value = DISPERSED[name]
+    truth = enumerated(make, [R, value], torch.arange(600, dtype=D)[:, None])
+    info, exact, _ = families.information(make(R.clone().requires_grad_(), value))
+    assert exact
+    close(info[arguments], truth, 1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+@pytest.mark.parametrize("logit", [-80.0, -3.0, 0.0, 6.0, 80.0])
+@pytest.mark.parametrize("count", [1e-4, 0.1, 30.0, 1e6])
+def test_a_learned_count_at_extremes(count, logit, dtype):
+    """Between that of the count beside unknown logits, and the variance of its score at most."""
+    r, logits = torch.tensor([count, count], dtype=dtype), torch.tensor([logit, logit], dtype=dtype)
+    fn = dist.NegativeBinomial(r.requires_grad_(), logits=logits)
+    ((_, matrix),) = families.information(fn)[0].items()
+    r, p = r.detach(), logits.sigmoid()
+    assert bool(torch.isfinite(matrix).all())
+    assert bool((matrix[:, 0, 0] >= p / r * (1 - 1e-6)).all())
+    most = torch.minimum(torch.polygamma(1, r), p / (1 - p) / r)  # all of x, or of its mean
+    assert bool((matrix[:, 0, 0] <= most * (1 + 1e-4)).all())
+
+
+REPORTED = {
+    "binomial": lambda h, m: dist.Binomial(5, logits=m["a"](h)).to_event(1),
+    "multinomial": lambda h, m: dist.Multinomial(5, logits=m["a"](h)),
+    "fixed": lambda h, m: dist.NegativeBinomial(5.0, logits=m["a"](h)).to_event(1),
+    "learned": lambda h, m: dist.NegativeBinomial(F.softplus(m["r"](h)), logits=m["a"](h)).to_event(
+        1
+    ),
+    "gamma-poisson": lambda h, m: dist.GammaPoisson(5.0, torch.exp(m["a"](h))).to_event(1),
+}
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_the_report_calls_counts_exact(name):
+    layers = {n: nn.Linear(3, 2) for n in (("a", "r") if name == "learned" else ("a",))}
+    pyro.clear_param_store()
+    model, guide, x = program(REPORTED[name], layers)
+    structure = natural(model, guide, num_particles=2).structure(x)
+    rows = [row for row in structure if row.site == "x"]
+    names = {f"net$$${n}.{part}" for n in layers for part in ("weight", "bias")}
+    assert {n for row in rows for n in row.params} == names
+    assert all(row.exact and row.kind == "affine" for row in rows)
+    assert all(row.note.startswith("closed form") for row in rows)
 
 
 # the registry --------------------------------------------------------------------------------
@@ -202,8 +326,9 @@ def test_an_error_of_a_users_rule_reaches_the_user(rules):
         natural(model, guide).step(x)
 
 
-def test_constructor_arguments_that_are_no_parameters_are_kept():
+def test_constructor_arguments_that_are_no_parameters_are_kept(rules):
     """The total count of Multinomial: n times the information of one draw."""
+    families._RULES.pop(torch.distributions.Multinomial)
     logits = torch.stack([A, B])
     with pyro.validation_enabled():
         info, exact, _ = families.information(dist.Multinomial(7, logits=logits))
@@ -268,3 +393,37 @@ def test_a_rule_for_other_arguments_than_the_distribution_has(rules):
 
     with pytest.raises(ValueError, match=r"rule of Mine informs about \['location'\]"):
         families.information(Mine(A, B))
+
+
+def test_a_rule_of_a_transformed_distribution(monkeypatch):
+    """Transforms are taken off where there is none; the location's information is 1/scale²."""
+    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+
+    class Extreme(dist.Gumbel):
+        pass
+
+    start = torch.zeros(3, dtype=D)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(torch.full((), 0.5, dtype=D)))
+            loc = pyro.param("loc", start) * (1 + h[..., None])
+            pyro.sample("x", Extreme(loc, torch.full((), 2.0, dtype=D)).to_event(1), obs=x)
+
+    def guide(x):
+        logit = pyro.param("logit", torch.zeros((), dtype=D))
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=logit))
+
+    svi = natural(model, guide)
+    x = torch.ones(4, 3, dtype=D)
+    assert "loc" not in [name for b in svi.directions(x).fisher.blocks for name in b.params]
+
+    @families.register_fisher(Extreme)
+    def rule(d):
+        return {"loc": d.scale.detach() ** -2, "scale": 1.8237 * d.scale.detach() ** -2}
+
+    (block,) = [b for b in natural(model, guide).directions(x).fisher.blocks if b.params == ["loc"]]
+    share = block.dense().reshape(3) * 4  # E (1 + h)², between 1 and 4
+    assert bool((share >= 1).all()) and bool((share <= 4).all())
+    assert torch.allclose(share, share[:1].expand(3))
