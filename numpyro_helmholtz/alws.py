@@ -238,8 +238,8 @@ class ALWS(HelmholtzSVI):
         ``affine``, ``num_sleep``.
         """
         found: dict[str, Any] = {n: float(v) for n, v in state.memory.report.items()}
-        for name in ("held_out_error", "bandwidth", "ridge"):
-            if found[name] < 0:  # there is none; the state must stay finite
+        for name, value in found.items():
+            if value == -1:  # there is none; the state must stay finite
                 found[name] = math.nan
         found["affine"] = found["affine"] == 1
         return {**found, "num_sleep": self.estimator.num_sleep}
@@ -247,7 +247,9 @@ class ALWS(HelmholtzSVI):
     def _warn(self, state: HelmholtzState) -> None:
         """Say once that the dreams cover the data poorly; not inside ``jit``."""
         coverage = state.memory.report["coverage_mean"]
-        if self._warned or isinstance(coverage, jax.core.Tracer) or not coverage < POOR_COVERAGE:
+        if self._warned or isinstance(coverage, jax.core.Tracer):
+            return
+        if coverage == -1 or not coverage < POOR_COVERAGE:
             return
         self._warned = True
         warnings.warn(

@@ -7,6 +7,7 @@ well, and raised outside of it, where the counts are concrete.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -313,6 +314,17 @@ def check_declared(site: Site, shape: tuple[int, ...], ndim: float, what: str) -
                 f"{ {f.name: (f.dim, f.size) for f in site['cond_indep_stack']} }. "
                 "Declare the dimension by numpyro.plate or by .to_event(...)."
             )
+
+
+def check_plates(site: Site) -> None:
+    """The same for a site of a run without particles, whatever its values.
+
+    Raises:
+        ValueError: naming the site, its shape and its plates.
+    """
+    fn, value = site["fn"], np.shape(site["value"])
+    check_declared(site, fn.batch_shape, math.inf, "a batch")
+    check_declared(site, value[: max(0, len(value) - fn.event_dim)], math.inf, "a batch")
 
 
 def check_program(name: str, program: Callable) -> None:

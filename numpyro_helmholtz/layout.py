@@ -11,17 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.distributions import constraints
 
 from .checks import PARTICLES, stochastic_sites
 
 Site = dict[str, Any]
 Trace = Mapping[str, Site]
+BOUNDED = (
+    *(type(c) for c in (constraints.boolean, constraints.circular, constraints.simplex)),
+    *(constraints.interval, constraints.integer_interval, constraints.multinomial),
+)
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["num_data", "common_scale"],
-    meta_fields=["shared", "ndim"],
+    meta_fields=["shared", "ndim", "bounded"],
 )
 @dataclass(frozen=True)
 class Layout:
@@ -33,12 +38,14 @@ class Layout:
         num_data: sum of the data's scales (the divisor of every direction). Plates that share no
             site with data, such as one of global latents, do not count.
         common_scale: the scale that the bound of a datum carries.
+        bounded: whether all variables have a bounded support, as bits and categories have.
     """
 
     shared: tuple[int, ...]
     ndim: int
     num_data: Any
     common_scale: Any
+    bounded: bool = True
 
     @classmethod
     def of(cls, trace: Trace, max_plate_nesting: int) -> Layout:
@@ -66,7 +73,8 @@ class Layout:
             common = subsample if _is_one(users[0]) else users[0] * subsample
             if names == data_plates and names and not _is_one(users[0]):
                 full = full * jnp.mean(users[0])
-        return cls(shared, max_plate_nesting + 1, full, common)
+        bounded = all(_is_bounded(site["fn"]) for site in sites)
+        return cls(shared, max_plate_nesting + 1, full, common, bounded)
 
     def reduce(self, value: jax.Array) -> jax.Array:
         """Sum a batch-shaped array to one number per particle and datum, shape (K, data...)."""
@@ -79,6 +87,16 @@ class Layout:
 def _is_data(site: Site) -> bool:
     """Whether a site is observed, or dreamt in place of what is observed."""
     return site["is_observed"] or "helmholtz_dream" in site
+
+
+def _is_bounded(fn: Any) -> bool:
+    """Whether a distribution's values lie between bounds; a factor has no values."""
+    if 0 in fn.event_shape:
+        return True
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return isinstance(support, BOUNDED)
 
 
 def site_scale(site: Site) -> Any:

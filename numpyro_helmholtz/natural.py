@@ -24,8 +24,9 @@ from .diagnostics import Structure, describe
 from .estimators.base import HelmholtzELBO, Pass
 from .estimators.reweighted import RWS_ELBO
 from .fisher.assemble import Block, assemble
-from .fisher.memory import Fisher, Kept, Memory
+from .fisher.memory import Fisher, Kept, Memory, with_absent
 from .later import later
+from .layout import Layout
 from .parameters import Params, parameters, rebuild, signature
 from .recipe import Recipe
 from .runner import once
@@ -36,6 +37,7 @@ DAMPING = 0.1
 FORM = "kronecker"
 TOLERANCE = 1e-2
 LEARNING_RATE = 0.2
+KL_CLIP = 3.0  # nats per datum, where a variable is unbounded
 REFRESH_ALL, REFRESH_EVERY = 300, 8  # steps
 MEAN_EVERY = 8  # steps from one mean block to the next, see ``statistics.renewed``
 
@@ -58,8 +60,11 @@ class NaturalSVI(HelmholtzSVI):
             but for the Kronecker form with "average" every step of the first 300, in which the
             Fisher matrix moves fast, and then every 8.
         tolerance: relative error of iterative solves.
-        kl_clip: largest ``½ xᵀFx``, a bound on the divergence of a step of rate one; the
-            direction is shrunk to meet it. None for no bound.
+        kl_clip: largest ``½ xᵀFx``, a bound on the divergence per datum, in nats, of a step of
+            rate one; the direction is shrunk to meet it. ``math.inf`` for no bound. None is 3
+            with the default optimiser where a variable is unbounded (real numbers, counts), and
+            no bound elsewhere: of unbounded variables one batch says little of the next, and
+            steps at the large rate would run away.
         average: see ``HelmholtzSVI``. None: with the default optimiser, whose large rate it
             allows, but not with another.
 
@@ -91,8 +96,9 @@ class NaturalSVI(HelmholtzSVI):
             sleep_steps=sleep_steps,
             average=optim is None if average is None else average,
         )
-        if not callable(damping) and not damping > 0:
-            raise ValueError(f"damping must be positive, got {damping!r}.")
+        number = hasattr(damping, "__float__")
+        if not callable(damping) and not (number and damping > 0):
+            raise ValueError(f"damping must be positive or a schedule, got {damping!r}.")
         if fisher_samples is None:
             fisher_samples = "average" if fisher == "kronecker" else "lagged"
         self._refresh_all = 0
@@ -102,8 +108,14 @@ class NaturalSVI(HelmholtzSVI):
             self._refresh_all = REFRESH_ALL
         if not (isinstance(refresh_every, int) and refresh_every >= 1):
             raise ValueError(f"refresh_every must be an int of at least 1, got {refresh_every!r}.")
+        if fisher_samples == "same" and refresh_every > 1:
+            raise ValueError(
+                "fisher_samples='same' takes each step's own minibatch: refresh_every must be 1, "
+                f"got {refresh_every}."
+            )
         if kl_clip is not None and not kl_clip > 0:
             raise ValueError(f"kl_clip must be positive or None, got {kl_clip!r}.")
+        self._cautious = optim is None and kl_clip is None
         if not tolerance > 0:
             raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
         self.damping, self.refresh_every, self.kl_clip = damping, refresh_every, kl_clip
@@ -134,6 +146,10 @@ class NaturalSVI(HelmholtzSVI):
         _, done = self.estimator.run(self.programs, rng_key, params, args, kwargs, mutable)
         return self.memory.start(self._blocks(replace(done, params=params, rng_key=rng_key)))
 
+    def _empty_memory(self, state: HelmholtzState, args: tuple, kwargs: dict[str, Any]) -> Kept:
+        """The memory before a first update, with what is kept of blocks that are not here."""
+        return with_absent(super()._empty_memory(state, args, kwargs), state.memory)
+
     def _direction(self, done: Pass, gradient: Params, memory: Kept) -> tuple[Params, Kept]:
         assert done.step is not None
         blocks = self._blocks_later(done)
@@ -142,7 +158,7 @@ class NaturalSVI(HelmholtzSVI):
         if done.model is not None:
             taken_in = self._remember(memory, blocks, done.step)
         fisher = self.memory.fisher(memory, blocks(), self._alpha(done.step), taken_in)
-        natural = self._clip(leaves, fisher.solve(leaves), fisher.damping)
+        natural = self._natural(done, leaves, fisher)
         return rebuild(natural, gradient), taken_in
 
     def _remember(self, memory: Kept, blocks: Callable[[], list[Block]], step: Array) -> Kept:
@@ -157,16 +173,18 @@ class NaturalSVI(HelmholtzSVI):
         due = (memory.batches == 0) | (step < self._refresh_all) | (step % self.refresh_every == 0)
         return branches.cond(due, take_in, memory)
 
-    def _clip(self, g: dict[str, Array], x: dict[str, Array], alpha: Any) -> dict[str, Array]:
-        """Shrink to ``½ xᵀFx ≤ kl_clip``, by ``xᵀFx = (1+α) gᵀx − α xᵀx``."""
-        if self.kl_clip is None:
-            return x
-        gx = sum((g[n] * x[n]).sum() for n in x)
-        xx = sum((x[n] ** 2).sum() for n in x)
-        divergence = 0.5 * ((1 + alpha) * gx - alpha * xx)
-        over = divergence > self.kl_clip
-        shrink = jnp.where(over, jnp.sqrt(self.kl_clip / jnp.where(over, divergence, 1)), 1)
-        return {name: (shrink * value).astype(value.dtype) for name, value in x.items()}
+    def _natural(self, done: Pass, gradient: dict[str, Array], fisher: Fisher) -> dict[str, Array]:
+        """The natural direction, shrunk where its divergence is too large."""
+        recipe = done.model or done.dream
+        assert recipe is not None
+        bound = self._largest(recipe.layout)
+        return _clipped(gradient, fisher.solve(gradient), fisher.damping, bound)
+
+    def _largest(self, layout: Layout) -> float:
+        """The bound on ``½ xᵀFx``."""
+        if self._cautious and not layout.bounded:
+            return KL_CLIP
+        return math.inf if self.kl_clip is None else self.kl_clip
 
     def _blocks_later(self, done: Pass) -> Callable[[], list[Block]]:
         """What computes the blocks where it is called: in the branches that need them."""
@@ -227,7 +245,7 @@ class NaturalSVI(HelmholtzSVI):
         blocks = self._blocks(done, made.uncovered)
         taken_in = self.memory.remember(state.memory, blocks)
         fisher = self.memory.fisher(state.memory, blocks, self._alpha(state.step), taken_in)
-        natural = self._clip(leaves, fisher.solve(leaves), fisher.damping)
+        natural = self._natural(done, leaves, fisher)
         made.blocks = fisher.blocks
         arrays = [block.arrays for block in fisher.blocks]
         return leaves, natural, done.loss, arrays, jnp.asarray(fisher.damping)
@@ -311,3 +329,17 @@ class _Made:
     def __init__(self) -> None:
         self.blocks: Sequence[Block] = ()
         self.uncovered: dict[str, list[str]] = {}
+
+
+def _clipped(
+    g: dict[str, Array], x: dict[str, Array], alpha: Any, bound: float
+) -> dict[str, Array]:
+    """Shrink to ``½ xᵀFx ≤ bound``, by ``xᵀFx = (1+α) gᵀx − α xᵀx``."""
+    if math.isinf(bound):
+        return x
+    gx = sum((g[n] * x[n]).sum() for n in x)
+    xx = sum((x[n] ** 2).sum() for n in x)
+    divergence = 0.5 * ((1 + alpha) * gx - alpha * xx)
+    over = divergence > bound
+    shrink = jnp.where(over, jnp.sqrt(bound / jnp.where(over, divergence, 1)), 1)
+    return {name: (shrink * value).astype(value.dtype) for name, value in x.items()}

@@ -111,19 +111,7 @@ def pair_dreams(
                 "dreams cannot be told apart. Give dream_args=fn(dreams, *args, **kwargs)."
             )
         by_identity[id(value)] = name
-    found: set[str] = set()
-
-    def is_observed(item: Any) -> bool:
-        return id(item) in by_identity
-
-    def replace(item: Any) -> Any:
-        if not is_observed(item):
-            return item
-        name = by_identity[id(item)]
-        found.add(name)
-        return dreams[name]
-
-    new_args, new_kwargs = jax.tree.map(replace, (args, kwargs), is_leaf=is_observed)
+    new_args, new_kwargs, found = with_dreams(observed, dreams, args, kwargs)
     missing = sorted(set(observed) - found)
     if takes_observations:
         observations = Observations(dreams, missing)
@@ -141,3 +129,34 @@ def pair_dreams(
             "a guide with a parameter observations=."
         )
     return new_args, new_kwargs, Observations()
+
+
+def with_dreams(
+    observed: Arrays, dreams: Arrays, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any], set[str]]:
+    """Arguments with every observed value replaced by its dream, and the sites found there."""
+    by_identity = {id(value): name for name, value in observed.items()}
+    found: set[str] = set()
+
+    def is_observed(item: Any) -> bool:
+        return id(item) in by_identity
+
+    def replace(item: Any) -> Any:
+        if not is_observed(item):
+            return item
+        name = by_identity[id(item)]
+        found.add(name)
+        return dreams[name]
+
+    new_args, new_kwargs = jax.tree.map(replace, (args, kwargs), is_leaf=is_observed)
+    return new_args, new_kwargs, found
+
+
+def reads_its_data(site: str, observed: Iterable[str]) -> ValueError:
+    """The error for a model that reads an argument that it observes, not the value it draws."""
+    return ValueError(
+        f"site {site!r} of the model depends on an argument that the model observes "
+        f"({', '.join(map(repr, sorted(observed)))}). Dreams would follow from the real data "
+        "there, beside the dreamt value that the guide sees. Use the value that numpyro.sample "
+        "returns in place of the argument, or train without the sleep phase (sleep_weight=0)."
+    )

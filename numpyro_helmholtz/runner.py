@@ -26,8 +26,8 @@ from .checks import (
     bad_starts,
     blame_data,
     check_against_model,
-    check_declared,
     check_observations,
+    check_plates,
     check_point_masses,
     check_sites,
     has_points,
@@ -185,7 +185,7 @@ class Runner:
         self.check(guide, model)
         for trace in (guide, model):
             for _, site in stochastic_sites(trace):
-                check_declared(site, site["fn"].batch_shape, math.inf, "a batch")
+                check_plates(site)
         if math.isinf(self.max_plate_nesting):
             self.max_plate_nesting = _depth(guide, model)
         return guide, model

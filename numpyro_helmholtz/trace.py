@@ -20,12 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.scipy.special import logsumexp
 
 from .checks import Trace, blame_data, check_declared, check_sites, stochastic_sites
 from .layout import Layout
 from .messengers import Dreaming
-from .pairing import pair_dreams
+from .pairing import pair_dreams, reads_its_data, with_dreams
 from .parameters import Params, parameters, rebuild
 from .runner import Runner
 from .sites import (
@@ -116,6 +117,10 @@ class Dream:
 class Programs(Runner):
     """The phases of a model and a guide; the options are ``Runner``'s."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._dreamt = False
+
     def wake(
         self,
         rng_key: Array,
@@ -180,6 +185,9 @@ class Programs(Runner):
         )
         check_sites(model, "model")
         dreams = {name: in_data_type(model[name], x) for name, x in dreaming.observed.items()}
+        if not self._dreamt:
+            self._check_own_dreams(run, keys[1], dreaming.observed, args, kwargs, subsample)
+            self._dreamt = True
         args, kwargs, unread = pair_dreams(
             dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
         )
@@ -188,6 +196,47 @@ class Programs(Runner):
         check_sites(guide, "guide")
         layout = Layout.of(model, nesting)
         return Dream(model, guide, args, kwargs, layout, (keys[0], keys[1]))
+
+    def _check_own_dreams(
+        self,
+        run: Callable,
+        rng_key: Array,
+        observed: dict[str, Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        subsample: dict[str, Array] | None,
+    ) -> None:
+        """Refuse a model some site of which is computed from an argument that it observes.
+
+        Args:
+            run: the programs. rng_key: of the model. observed: its data, by site.
+            args, kwargs: of the call. subsample: indices of subsampled plates.
+        """
+        names: list[str] = []
+
+        def draw(data: dict[str, Array]) -> list[Array]:
+            new_args, new_kwargs, _ = with_dreams(observed, data, args, kwargs)
+            trace = run(
+                self.model,
+                rng_key,
+                args=new_args,
+                kwargs=new_kwargs,
+                values=subsample,
+                dreaming=Dreaming(),
+            )
+            names[:] = [name for name, _ in stochastic_sites(trace)]
+            return [trace[name]["value"] for name in names]
+
+        found = with_dreams(observed, observed, args, kwargs)[2]
+        data = {name: observed[name] for name in found}
+        try:
+            program = jax.make_jaxpr(draw)(data).jaxpr
+        except jax.errors.JAXTypeError:
+            return  # it looks at values: it runs on concrete data alone, and has run
+        for i, name in enumerate(names):
+            outputs = [i == j for j in range(len(names))]
+            if any(dce_jaxpr(program, outputs)[1]):
+                raise reads_its_data(name, found)
 
     def again(
         self,

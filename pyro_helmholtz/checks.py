@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -187,10 +188,10 @@ def _is_plainly_binary(fn: Any, value: torch.Tensor) -> bool:
 
 @contextmanager
 def blame_data(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Where programs break on empty or NaN data, say that instead of the host's error.
+    """Where programs break on empty or NaN data or lack a plate, say that, not the host's error.
 
     Raises:
-        ValueError: naming the argument or the observed site.
+        ValueError: naming the argument or the site.
     """
     try:
         yield
@@ -207,6 +208,10 @@ def blame_data(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Iterator
         except Exception:
             raise error from None
         check_observations(trace)
+        if PARTICLES in str(error):
+            nodes: dict[str, Site] = dict(trace.nodes)
+            for site in filter(is_stochastic, nodes.values()):
+                check_plates(site)
         raise
 
 
@@ -216,12 +221,31 @@ def check_log_prob_shape(site: Site, log_prob: torch.Tensor, ndim: int) -> None:
     Raises:
         ValueError: naming the site, its shape and its plates.
     """
+    _check_declared(site, tuple(log_prob.shape), ndim, "log-probabilities")
+
+
+def check_plates(site: Site) -> None:
+    """The same for a site of a run without particles, whatever its values.
+
+    Raises:
+        ValueError: naming the site, its shape and its plates.
+    """
+    fn, mask = site["fn"], site["mask"]
+    value = tuple(getattr(site["value"], "shape", ()))
+    shapes = [tuple(fn.batch_shape), value[: max(0, len(value) - fn.event_dim)]]
+    if torch.is_tensor(mask):
+        shapes.append(tuple(mask.shape))
+    for shape in shapes:
+        _check_declared(site, shape, math.inf, "a batch")
+
+
+def _check_declared(site: Site, shape: tuple[int, ...], ndim: float, what: str) -> None:
     declared = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
-    for dim in range(-log_prob.ndim, 0):
-        size = log_prob.shape[dim]
+    for dim in range(-len(shape), 0):
+        size = shape[dim]
         if (size != 1 and declared.get(dim) != size) or -dim > ndim:
             raise ValueError(
-                f"site {site['name']!r} has log-probabilities of shape {tuple(log_prob.shape)}, "
+                f"site {site['name']!r} has {what} of shape {shape}, "
                 f"but dimension {dim} (size {size}) belongs to no plate of it: it has "
                 f"{ {f.name: (f.dim, f.size) for f in site['cond_indep_stack']} }. "
                 "Declare the dimension by pyro.plate or by .to_event(...)."

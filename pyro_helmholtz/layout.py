@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributions import constraints
 
 from .checks import PARTICLES
 
 Site = Any
+BOUNDED = (
+    *(type(c) for c in (constraints.boolean, constraints.one_hot, constraints.simplex)),
+    *(constraints.interval, constraints.integer_interval, constraints.multinomial),
+)
 
 
 @dataclass
@@ -24,6 +29,7 @@ class Layout:
         num_data: sum of the data's scales (the divisor of every direction). Plates that share no
             site with data, such as one of global latents, do not count.
         common_scale: the scale that the bound of a datum carries.
+        bounded: whether all variables have a bounded support, as bits and categories have.
     """
 
     shared: tuple[int, ...]
@@ -31,6 +37,7 @@ class Layout:
     ndim: int
     num_data: float
     common_scale: Any
+    bounded: bool = True
 
     @classmethod
     def of(cls, sites: list[Site], max_plate_nesting: int) -> Layout:
@@ -55,7 +62,8 @@ class Layout:
         if names == data_plates and names:
             ratio = common / subsample
             full = full * float(ratio.mean() if torch.is_tensor(ratio) else ratio)
-        return cls(shared, sequential, max_plate_nesting + 1, max(full, 1e-30), common)
+        bounded = all(_is_bounded(site["fn"]) for site in sites)
+        return cls(shared, sequential, max_plate_nesting + 1, max(full, 1e-30), common, bounded)
 
     def key(self, site: Site) -> tuple:
         """Which turn of the shared sequential plates a site belongs to."""
@@ -78,6 +86,16 @@ class Layout:
 def _is_data(site: Site) -> bool:
     """Whether a site is observed, or dreamt in place of what is observed."""
     return site["is_observed"] or "helmholtz_dream" in site
+
+
+def _is_bounded(fn: Any) -> bool:
+    """Whether a distribution's values lie between bounds; a factor has no values."""
+    if 0 in fn.event_shape:
+        return True
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return isinstance(support, BOUNDED)
 
 
 def _all_equal(scales: list[Any]) -> bool:

@@ -31,6 +31,7 @@ DAMPING = 0.1
 FORM = "kronecker"
 TOLERANCE = 1e-2
 LEARNING_RATE = 0.2
+KL_CLIP = 3.0  # nats per datum, where a variable is unbounded
 REFRESH_ALL, REFRESH_EVERY = 300, 8  # steps
 MEAN_EVERY = 8  # steps from one mean block to the next, see ``Statistics``
 
@@ -53,8 +54,11 @@ class NaturalSVI(HelmholtzSVI):
             but for the Kronecker form with "average" every step of the first 300, in which the
             Fisher matrix moves fast, and then every 8.
         tolerance: relative error of iterative solves.
-        kl_clip: largest ``½ xᵀFx``, a bound on the divergence of a step of rate one; the
-            direction is shrunk to meet it. None for no bound.
+        kl_clip: largest ``½ xᵀFx``, a bound on the divergence per datum, in nats, of a step of
+            rate one; the direction is shrunk to meet it. ``math.inf`` for no bound. None is 3
+            with the default optimiser where a variable is unbounded (real numbers, counts), and
+            no bound elsewhere: of unbounded variables one batch says little of the next, and
+            steps at the large rate would run away.
         average: see ``HelmholtzSVI``. None: with the default optimiser, whose large rate it
             allows, but not with another.
 
@@ -88,8 +92,9 @@ class NaturalSVI(HelmholtzSVI):
             sleep_steps=sleep_steps,
             average=optim is None if average is None else average,
         )
-        if not callable(damping) and not damping > 0:
-            raise ValueError(f"damping must be positive, got {damping!r}.")
+        number = hasattr(damping, "__float__")
+        if not callable(damping) and not (number and damping > 0):
+            raise ValueError(f"damping must be positive or a schedule, got {damping!r}.")
         if fisher_samples is None:
             fisher_samples = "average" if fisher == "kronecker" else "lagged"
         self._refresh_all = 0
@@ -99,8 +104,14 @@ class NaturalSVI(HelmholtzSVI):
             self._refresh_all = REFRESH_ALL
         if not (isinstance(refresh_every, int) and refresh_every >= 1):
             raise ValueError(f"refresh_every must be an int of at least 1, got {refresh_every!r}.")
+        if fisher_samples == "same" and refresh_every > 1:
+            raise ValueError(
+                "fisher_samples='same' takes each step's own minibatch: refresh_every must be 1, "
+                f"got {refresh_every}."
+            )
         if kl_clip is not None and not kl_clip > 0:
             raise ValueError(f"kl_clip must be positive or None, got {kl_clip!r}.")
+        self._cautious = optim is None and kl_clip is None
         if not tolerance > 0:
             raise ValueError(f"tolerance must be positive, got {tolerance!r}.")
         self.damping, self.refresh_every, self.kl_clip = damping, refresh_every, kl_clip
@@ -110,6 +121,7 @@ class NaturalSVI(HelmholtzSVI):
         self._steps = 0
         self._fresh: list[Block] | None = None
         self._fisher: Fisher | None = None
+        self._bound = math.inf
 
     def default_optimiser(self) -> PyroOptim:
         """SGD of rate 0.2, the noise of which the average takes out."""
@@ -131,6 +143,7 @@ class NaturalSVI(HelmholtzSVI):
         self._fresh = self._blocks(done, leaves, args, kwargs) if due else None
         direction = gradient(done.surrogate, leaves)
         self._fisher = self._operator(self._fresh)
+        self._bound = self._largest(done.wake.layout)
         return float(done.loss), leaves, self._precondition(direction)
 
     def _operator(self, fresh: list[Block] | None) -> Fisher:
@@ -140,19 +153,13 @@ class NaturalSVI(HelmholtzSVI):
     def _precondition(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self._fisher is not None
         natural = self._fisher.solve(direction)
-        return self._clip(direction, natural, self._fisher.damping)
+        return _clipped(direction, natural, self._fisher.damping, self._bound)
 
-    def _clip(self, g: dict[str, Tensor], x: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-        """Shrink to ``½ xᵀFx ≤ kl_clip``, by ``xᵀFx = (1+α) gᵀx − α xᵀx``."""
-        if self.kl_clip is None:
-            return x
-        gx = sum(float((g[n] * x[n]).sum()) for n in x)
-        xx = sum(float(x[n].square().sum()) for n in x)
-        divergence = 0.5 * ((1 + alpha) * gx - alpha * xx)
-        if divergence <= self.kl_clip:
-            return x
-        shrink = math.sqrt(self.kl_clip / divergence)
-        return {name: shrink * value for name, value in x.items()}
+    def _largest(self, layout: Layout) -> float:
+        """The bound on ``½ xᵀFx``."""
+        if self._cautious and not layout.bounded:
+            return KL_CLIP
+        return math.inf if self.kl_clip is None else self.kl_clip
 
     def _after(self) -> None:
         if self._fresh is not None:
@@ -202,7 +209,8 @@ class NaturalSVI(HelmholtzSVI):
             fresh = self._blocks(done, leaves, args, kwargs)
             direction = gradient(done.surrogate, leaves)
             fisher = self._operator(fresh)
-            natural = self._clip(direction, fisher.solve(direction), fisher.damping)
+            bound = self._largest(done.wake.layout)
+            natural = _clipped(direction, fisher.solve(direction), fisher.damping, bound)
         return Directions(direction, natural, fisher, float(done.loss))
 
     def structure(self, *args: Any, **kwargs: Any) -> Structure:
@@ -283,3 +291,18 @@ class NaturalRWS(NaturalSVI):
             kl_clip=kl_clip,
             average=average,
         )
+
+
+def _clipped(
+    g: dict[str, Tensor], x: dict[str, Tensor], alpha: float, bound: float
+) -> dict[str, Tensor]:
+    """Shrink to ``½ xᵀFx ≤ bound``, by ``xᵀFx = (1+α) gᵀx − α xᵀx``."""
+    if math.isinf(bound):
+        return x
+    gx = sum(float((g[n] * x[n]).sum()) for n in x)
+    xx = sum(float(x[n].square().sum()) for n in x)
+    divergence = 0.5 * ((1 + alpha) * gx - alpha * xx)
+    if divergence <= bound:
+        return x
+    shrink = math.sqrt(bound / divergence)
+    return {name: shrink * value for name, value in x.items()}

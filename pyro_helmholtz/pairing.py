@@ -112,10 +112,7 @@ def pair_dreams(
                 "dreams cannot be told apart. Give dream_args=fn(dreams, *args, **kwargs)."
             )
         by_identity[id(value)] = name
-    found: set[str] = set()
-    by_value = {key: (name, dreams[name]) for key, name in by_identity.items()}
-    new_args = tuple(_replaced(arg, by_value, found) for arg in args)
-    new_kwargs = {key: _replaced(value, by_value, found) for key, value in kwargs.items()}
+    new_args, new_kwargs, found = with_dreams(observed, dreams, args, kwargs)
     missing = sorted(set(observed) - found)
     if takes_observations:
         observations = Observations(dreams, missing)
@@ -133,6 +130,27 @@ def pair_dreams(
             "a guide with a parameter observations=."
         )
     return new_args, new_kwargs, Observations()
+
+
+def with_dreams(
+    observed: Tensors, dreams: Tensors, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any], set[str]]:
+    """Arguments with every observed value replaced by its dream, and the sites found there."""
+    found: set[str] = set()
+    by_value = {id(value): (name, dreams[name]) for name, value in observed.items()}
+    new_args = tuple(_replaced(arg, by_value, found) for arg in args)
+    new_kwargs = {key: _replaced(value, by_value, found) for key, value in kwargs.items()}
+    return new_args, new_kwargs, found
+
+
+def reads_its_data(site: str, observed: Iterable[str]) -> ValueError:
+    """The error for a model that reads an argument that it observes, not the value it draws."""
+    return ValueError(
+        f"site {site!r} of the model depends on an argument that the model observes "
+        f"({', '.join(map(repr, sorted(observed)))}). Dreams would follow from the real data "
+        "there, beside the dreamt value that the guide sees. Use the value that pyro.sample "
+        "returns in place of the argument, or train without the sleep phase (sleep_weight=0)."
+    )
 
 
 def _replaced(item: Any, dreams: Mapping[int, tuple[str, torch.Tensor]], found: set[str]) -> Any:

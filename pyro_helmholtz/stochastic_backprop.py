@@ -17,7 +17,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from .estimators.reparameterised import StochasticBackprop_ELBO
-from .svi import Directions, HelmholtzSVI, fill, gradient
+from .svi import Directions, HelmholtzSVI, check_gradients, gradient
 from .trace import Wake, parameters
 
 __all__ = ["StochasticBackprop"]
@@ -132,6 +132,7 @@ class StochasticBackprop(HelmholtzSVI):
 
         With a posterior they include those of ``log τ``, as "posterior_variance." and the name.
         """
+        check_gradients()
         self._resume(args, kwargs)
         with self._points():
             loss, _, direction = self._update(args, kwargs)
@@ -215,8 +216,8 @@ class StochasticBackprop(HelmholtzSVI):
         if shared := sorted(mine.keys() & theirs.keys()):
             raise ValueError(
                 f"parameter {shared[0]!r} belongs to the model and to the guide: it cannot be "
-                "drawn from a posterior for one and be a constant for the other. Register the "
-                "model's module and the guide's under two names."
+                "drawn from a posterior for one and be a constant for the other. Give the model "
+                "and the guide parameters of their own."
             )
         for name in mine:
             self._make_variance(name, mine[name])
@@ -233,19 +234,19 @@ class StochasticBackprop(HelmholtzSVI):
         """As the base's; the variances are among the parameters."""
         return {"posterior": list(self._random)} | super().state_dict()
 
-    def _resume(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _kind(self) -> dict[str, Any]:
+        """As the base's; a posterior cannot be had from a state without one."""
+        return super()._kind() | {"parameter_posterior": self.parameter_posterior is not None}
+
+    def _first_run(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """As the base's; a saved variance may not exist yet."""
-        pending = self._pending
-        super()._resume(args, kwargs)
-        if pending is None or self.parameter_posterior is None:
-            return
-        self._random = list(pending.get("posterior", []))
-        saved = {VARIANCE + name: pending["parameters"][VARIANCE + name] for name in self._random}
-        store = pyro.get_param_store()._params
-        fill(
-            saved,
-            {VARIANCE + name: self._make_variance(name, store[name]) for name in self._random},
-        )
+        leaves = super()._first_run(args, kwargs)
+        if self._pending is not None and self.parameter_posterior is not None:
+            self._random = list(self._pending.get("posterior", []))
+            saved = self._pending["parameters"]
+            for name in self._random:
+                leaves[VARIANCE + name] = self._make_variance(name, saved[name])
+        return leaves
 
 
 @contextmanager

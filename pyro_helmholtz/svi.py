@@ -7,8 +7,8 @@ a Fisher matrix hands the gradient on as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from .estimators.reweighted import RWS_ELBO
 from .estimators.wake_sleep import WakeSleep_ELBO
 from .fisher.memory import Fisher
 from .optimiser import JointStep
+from .saved import Late, check_kind, check_names, fill, same_random
 from .trace import Programs, parameters
 
 DEFAULT_LEARNING_RATE = 0.05
@@ -103,6 +104,7 @@ class HelmholtzSVI:
         self._joint_step = JointStep()
         self._buffers: dict[str, Tensor] = {}
         self._pending: dict[str, Any] | None = None
+        self._later: dict[str, Tensor] = {}  # saved values of parameters that do not exist yet
 
     def default_optimiser(self) -> PyroOptim:
         """What ``optim=None`` means."""
@@ -133,6 +135,8 @@ class HelmholtzSVI:
         self._resume(args, kwargs)
         with self._points():
             loss, leaves, directions = self._update(args, kwargs)
+            if not math.isfinite(loss):
+                self._blame_programs(loss, args, kwargs)
             if not leaves:
                 raise ValueError("neither the model nor the guide has parameters to train.")
             self._check_finite(loss, directions)
@@ -144,9 +148,34 @@ class HelmholtzSVI:
                 self._average.take_in(leaves)
         return loss
 
-    def _points(self) -> AbstractContextManager:
+    @contextmanager
+    def _points(self) -> Iterator[None]:
         """Have the parameters as updates leave them, not their means."""
-        return nullcontext() if self._average is None else self._average.points()
+        points = nullcontext() if self._average is None else self._average.points()
+        with self._late(), points:
+            yield
+
+    @contextmanager
+    def _late(self) -> Iterator[None]:
+        """Have saved values in parameters that the programs use for the first time."""
+        with Late(self._later) if self._later else nullcontext():
+            yield
+
+    def _blame_programs(self, loss: float, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Run once more with the host's validation, which is off after the first step.
+
+        Raises:
+            FloatingPointError: what the host says is wrong, without its listing of the values.
+        """
+        self.programs.validated.clear()
+        try:
+            with torch.no_grad(), same_random():
+                self._first_run(args, kwargs)
+        except (ValueError, RuntimeError) as error:
+            what = str(error).partition(", but found")[0].partition("\n")[0]
+            raise FloatingPointError(
+                f"the loss is {loss}; no parameter was changed by this update. {what}"
+            ) from error
 
     def _update(
         self, args: tuple, kwargs: dict[str, Any]
@@ -219,7 +248,8 @@ class HelmholtzSVI:
         Modules in training mode update their buffers as in any run.
         """
         self._resume(args, kwargs)
-        return self.estimator.loss(self.model, self.guide, *args, **kwargs)
+        with self._late():
+            return self.estimator.loss(self.model, self.guide, *args, **kwargs)
 
     def directions(self, *args: Any, **kwargs: Any) -> Directions:
         """The directions that a step would take on these data; updates nothing."""
@@ -240,9 +270,11 @@ class HelmholtzSVI:
             return self._pending
         store = pyro.get_param_store()
         used = {name: leaf.detach().clone() for name, leaf in store._params.items()}
+        waiting = self.optim._state_waiting_to_be_consumed  # of parameters not stepped yet
         state = {
-            "parameters": used,
-            "optimiser": deepcopy(self.optim.get_state()),
+            "kind": self._kind(),
+            "parameters": {**self._later, **used},
+            "optimiser": deepcopy({**waiting, **self.optim.get_state()}),
             "optimiser_kind": self._optimiser_kind,
             "random": torch.get_rng_state(),
             "max_plate_nesting": self.programs.max_plate_nesting,
@@ -253,11 +285,20 @@ class HelmholtzSVI:
             state["random_cuda"] = torch.cuda.get_rng_state_all()
         return state
 
+    def _kind(self) -> dict[str, Any]:
+        """What must be the same where a state is saved and where it is loaded."""
+        kind: dict[str, Any] = {"front_end": type(self).__name__}
+        if hasattr(self, "memory"):
+            kind["fisher"] = self.memory.form
+        return kind
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state: the next step is the one that would have followed.
 
         Parameters that Pyro's store holds take their saved values now; the others when this
-        object next runs the programs, since only then they exist.
+        object next runs the programs, since only then they exist. That run refuses a state of
+        programs with other parameters, and warns of parameters that only the state or only the
+        programs have.
 
         Raises:
             ValueError: something that ``state_dict`` of such a front end with such an optimiser
@@ -265,6 +306,8 @@ class HelmholtzSVI:
         """
         if not isinstance(state, dict) or "parameters" not in state:
             raise ValueError("load_state_dict needs what state_dict returned.")
+        kind = self._kind()
+        check_kind(state.get("kind", kind), kind)  # earlier versions do not say it
         if missing := [key for key in self.state_keys if key not in state]:
             raise ValueError(
                 f"the state lacks {missing[0]!r}, which {type(self).__name__} needs: it was saved "
@@ -283,17 +326,26 @@ class HelmholtzSVI:
             self._average.load(state["average"], state["parameters"])
         self._pending = state
         self.programs.max_plate_nesting = state["max_plate_nesting"]
+        self.programs.validated.add("arguments")  # the first step looked: no run but its own
         self.optim.optim_objs.clear()
+        self.optim._state_waiting_to_be_consumed.clear()
         self.optim.set_state(deepcopy(state["optimiser"]))
 
     def _resume(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Fill in pending parameters in place, then set the random state."""
+        """Fill in pending parameters in place, then set the random state.
+
+        A state that cannot be filled in stays pending: no later call trains without it.
+        """
         if self._pending is None:
             return
-        state, self._pending = self._pending, None
+        state = self._pending
         with torch.no_grad():
-            leaves = self._first_run(args, kwargs)
-        fill(state["parameters"], {**pyro.get_param_store()._params, **leaves})
+            used = self._first_run(args, kwargs)
+        leaves = {**pyro.get_param_store()._params, **used}
+        check_names(state, used, leaves)
+        fill(state["parameters"], leaves)
+        self._later = {n: x for n, x in state["parameters"].items() if n not in leaves}
+        self._pending = None
         torch.set_rng_state(state["random"])
         if "random_cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["random_cuda"])
@@ -319,19 +371,6 @@ def check_gradients() -> None:
         raise ValueError(
             "directions need gradients, which torch.no_grad or torch.inference_mode turns off here."
         )
-
-
-def fill(saved: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
-    """Copy saved values into the leaves of the same name."""
-    for name in saved.keys() & leaves.keys():
-        if leaves[name].shape != saved[name].shape:
-            raise ValueError(
-                f"parameter {name!r} has shape {tuple(leaves[name].shape)} in the program but "
-                f"{tuple(saved[name].shape)} in the saved state."
-            )
-    with torch.no_grad():
-        for name in saved.keys() & leaves.keys():
-            leaves[name].copy_(saved[name])
 
 
 def gradient(surrogate: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

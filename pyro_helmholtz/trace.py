@@ -28,13 +28,14 @@ from .checks import (
     check_against_model,
     check_log_prob_shape,
     check_observations,
+    check_plates,
     check_point_masses,
     check_sites,
     is_stochastic,
 )
 from .layout import Layout, Site
 from .messengers import Detached, Dreaming, Particles, bernoulli_under, record
-from .pairing import pair_dreams
+from .pairing import pair_dreams, reads_its_data, with_dreams
 
 
 def stochastic_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
@@ -45,7 +46,12 @@ def stochastic_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
 
 
 def parameters(*traces: poutine.Trace) -> dict[str, torch.Tensor]:
-    """The unconstrained leaf of every Pyro parameter that the traces use, by name."""
+    """The unconstrained leaf of every Pyro parameter that the traces use, by name.
+
+    A leaf that has several names, as of a layer in two modules, stands here once: under the name
+    that the host's store has for it, whichever of the names a trace uses.
+    """
+    store = pyro.get_param_store()
     leaves = {}
     for trace in traces:
         for name, site in trace.nodes.items():
@@ -53,19 +59,27 @@ def parameters(*traces: poutine.Trace) -> dict[str, torch.Tensor]:
                 value: Any = site["value"]
                 leaf = value.unconstrained()
                 if leaf.requires_grad:
-                    leaves[name] = leaf
+                    leaves[store.param_name(leaf) or name] = leaf
     return leaves
 
 
 def guess_max_plate_nesting(
     model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
 ) -> int:
-    """Run both programs once and return the depth of their deepest plate."""
+    """Run both programs once and return the depth of their deepest plate.
+
+    Raises:
+        ValueError: a batch dimension that no plate declares, naming the site. In later runs it
+            could not be told from the particles where it has their size.
+    """
     with poutine.block(), torch.no_grad():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
             *args, **kwargs
         )
+    for trace in (guide_trace, model_trace):
+        for _, site in stochastic_sites(trace):
+            check_plates(site)
     dims = [
         -frame.dim
         for trace in (guide_trace, model_trace)
@@ -362,12 +376,18 @@ class Programs:
         nesting = self.nesting(args, kwargs)
         known = None if subsample is None else only_subsamples(subsample)
         dreaming = Dreaming()
+        first = "arguments" not in self.validated
+        random = _random_state() if first else ()
         with self.validation("dream"):
             with torch.set_grad_enabled(with_grad), Detached(), dreaming:
                 model_trace = record(self.model, args, kwargs, known)
             check_sites(model_trace, "model")
             drawn: dict[str, Any] = dict(model_trace.nodes)
             dreams = {n: in_data_type(drawn[n], x) for n, x in dreaming.observed.items()}
+            if first:
+                again = with_dreams(dreaming.observed, dreams, args, kwargs)
+                self._check_own_dreams(model_trace, *again, known, random)
+                self.validated.add("arguments")
             args, kwargs, unread = pair_dreams(
                 dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
             )
@@ -378,6 +398,53 @@ class Programs:
         sites = [site for _, site in stochastic_sites(model_trace)]
         self.validated.add("dream")
         return Dream(model_trace, guide_trace, args, kwargs, Layout.of(sites, nesting))
+
+    def _check_own_dreams(
+        self,
+        trace: poutine.Trace,
+        args: tuple,
+        kwargs: dict[str, Any],
+        found: set[str],
+        known: poutine.Trace | None,
+        random: tuple,
+    ) -> None:
+        """Refuse a model that dreams otherwise once its dreams are its arguments.
+
+        Args:
+            trace: of its dreams on the data. args, kwargs: with the dreams in place of the data.
+            found: observed sites whose data are arguments. known: subsample indices.
+            random: the state of the random numbers before ``trace``.
+        """
+        if not found:
+            return
+        after = _random_state()
+        _set_random_state(random)
+        with torch.no_grad(), Detached(), Dreaming():
+            again = record(self.model, args, kwargs, known)
+        _set_random_state(after)
+        for name, site in stochastic_sites(trace):
+            if _depends(site, again.nodes.get(name)):
+                raise reads_its_data(name, found)
+
+
+def _random_state() -> tuple:
+    """Of all generators that a program may use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return pyro.util.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple) -> None:
+    pyro.util.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+def _depends(site: Site, other: Site | None) -> bool:
+    """Whether a site that was drawn twice by the same random numbers came out otherwise."""
+    if other is None or other["value"].shape != site["value"].shape:
+        return True
+    one, two = site["fn"].log_prob(site["value"]), other["fn"].log_prob(site["value"])
+    return not torch.allclose(one, two, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def in_data_type(site: Site, observed: Any) -> torch.Tensor:

@@ -372,8 +372,8 @@ class ALWS_ELBO(HelmholtzELBO):
             loss = loss - lax.stop_gradient(prior)
         lesson = jax.grad(lambda learned: call.error(key, params, learned))(gamma["learned"])
         nothing = jnp.full((), -1.0, value.dtype)
-        names = ("held_out_error", "bandwidth", "ridge")
-        report = {"coverage_mean": -nothing, "coverage_min": -nothing, "affine": 0 * nothing}
+        names = ("held_out_error", "bandwidth", "ridge", "coverage_mean", "coverage_min")
+        report = {"affine": 0 * nothing}
         done = SleepPass(
             *(loss, None, None, None, mutable_values(call.dream)),
             num_data=lax.stop_gradient(jnp.asarray(call.layout.num_data)),

@@ -142,16 +142,21 @@ class Memory:
         return Kept(jnp.zeros((), jnp.int32), held, statistics)
 
     def remember(self, kept: Kept, blocks: list[Block]) -> Kept:
-        """Take in a batch; a ring of batches of another shape is begun anew."""
+        """Take in a batch; a ring of batches of another shape is begun anew.
+
+        What is kept of blocks that this batch does not have, as of a latent that is observed in
+        some batches, stays.
+        """
         if self._misfit(kept, blocks):
-            kept = self.start(blocks)
+            kept = with_absent(self.start(blocks), kept)
         held = {}
         for block in blocks:
             if self._holds(block):
                 arrays = _kept_arrays(block)
                 if self._rings(block):
-                    at = kept.batches % self.ring
-                    arrays = jax.tree.map(partial(_into_ring, at), kept.held[block.key], arrays)
+                    into = partial(_into_ring, kept.batches % self.ring)
+                    ring = kept.held.get(block.key) or jax.tree.map(self._full_ring, arrays)
+                    arrays = jax.tree.map(into, ring, arrays)
                 held[block.key] = arrays
         layers = [b for b in blocks if isinstance(b, UnitBlock) and self._has_statistics(b)]
         known = kept.statistics if self._running else {}
@@ -159,13 +164,18 @@ class Memory:
         statistics = {b.key: known.get(b.key) or Statistics.of(b) for b in layers}
         if self._running:
             statistics = renewed(statistics, layers, kept.batches, self.decay, self.mean_every)
-        return Kept(kept.batches + 1, held, statistics)
+        return with_absent(Kept(kept.batches + 1, held, statistics), kept)
+
+    def _full_ring(self, x: Array) -> Array:
+        """A ring with one batch in all places: of a block that comes later than others."""
+        return jnp.broadcast_to(x, (self.ring, *x.shape))
 
     def _misfit(self, kept: Kept, blocks: list[Block]) -> bool:
         """Whether a ring holds batches of another shape."""
         return any(
             self._rings(block)
-            and _shapes(jax.tree.map(lambda x: x[0], kept.held.get(block.key)))
+            and block.key in kept.held
+            and _shapes(jax.tree.map(lambda x: x[0], kept.held[block.key]))
             != _shapes(_kept_arrays(block))
             for block in blocks
         )
@@ -223,6 +233,14 @@ class Memory:
             "coefficients": q.reshape(-1, *q.shape[2:]),
         }
         return block.with_arrays(rows) if fits else _lagged(block, rows, empty)
+
+
+def with_absent(kept: Kept, other: Kept) -> Kept:
+    """What is kept, and what another keeps of blocks that are not in it."""
+    here = kept.held.keys() | kept.statistics.keys()
+    held = {key: x for key, x in other.held.items() if key not in here}
+    statistics = {key: x for key, x in other.statistics.items() if key not in here}
+    return Kept(kept.batches, held | kept.held, statistics | kept.statistics)
 
 
 def _lagged(block: Block, held: dict[str, Any], first: Array) -> Block:

@@ -272,12 +272,13 @@ def close(value, expected, tolerance):
 
 
 def natural(model, guide, **options):
-    """``NaturalRWS`` with exact blocks of the present batch and tight solves."""
+    """``NaturalRWS`` with exact blocks of the present batch, tight solves and no bound."""
     options = {
         "num_particles": 3,
         "fisher": "unit",
         "fisher_samples": "same",
         "tolerance": 1e-12,
+        "kl_clip": math.inf,
     } | options
     return nh.NaturalRWS(model, guide, **options)
 

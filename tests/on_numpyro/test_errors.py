@@ -1,5 +1,8 @@
 """Bad input: an error that names the site, and the state is as it was."""
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpyro
@@ -13,6 +16,7 @@ from numpyro.infer.autoguide import AutoDiagonalNormal
 from numpyro_helmholtz import (
     ALWS,
     RWS,
+    BiHM,
     NaturalRWS,
     StochasticBackprop,
     WakeSleep,
@@ -187,6 +191,24 @@ def test_undeclared_batch_dimension():
         svi.init(KEY, X)
     with pytest.raises(ValueError, match="'h'"):
         Programs(bad_model, bad_guide, 5, 1).wake(KEY, {"theta": X[0], "phi": X[0]}, (X,), {})
+
+
+@pytest.mark.parametrize("nesting", [math.inf, 0])
+@pytest.mark.parametrize("front", [BiHM, partial(NaturalRWS, sleep_weight=0.0)])
+@pytest.mark.parametrize("particles", [2, 3])
+def test_data_without_a_plate(front, particles, nesting):
+    """The distribution has no batch, the data have: three, as many as the particles."""
+
+    def bad_model(x):
+        h = bernoulli("h", jnp.zeros(2))
+        bernoulli("x", theta() * h[..., :1], obs=x)
+
+    def bad_guide(x):
+        bernoulli("h", phi() * x.mean(0))
+
+    svi = front(bad_model, bad_guide, num_particles=particles, max_plate_nesting=nesting)
+    with pytest.raises(ValueError, match="site 'x' has a batch of shape .*belongs to no plate"):
+        svi.init(KEY, X)
 
 
 def test_no_observed_site():

@@ -1,11 +1,13 @@
 """The options of NaturalRWS and the memory of its Fisher matrix."""
 
+import math
 import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 import optax
 import pytest
 from jax import lax, random
@@ -109,6 +111,114 @@ def test_kl_clip_bounds_the_step():
         close(found[1e6].natural[name], free, 1e-12)
         ratio = jnp.linalg.norm(found[1e-3].natural[name]) / jnp.linalg.norm(free)
         assert 0 < float(ratio) < 1
+
+
+def scaled(family):
+    """A model with one parameter that starts far away from its data."""
+
+    def model(x):
+        w = numpyro.param("w", jnp.full(3, 2.0))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Bernoulli(jnp.array(0.5)))
+            numpyro.sample("x", family(w * (1 + z[..., None])).to_event(1), obs=x)
+
+    def guide(x):
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Bernoulli(jnp.array(0.5)))
+
+    return model, guide
+
+
+@pytest.mark.parametrize(
+    ("family", "bound"),
+    [
+        (lambda w: dist.Normal(w, 0.1), nh.natural.KL_CLIP),
+        (lambda w: dist.Poisson(jnp.exp(w)), nh.natural.KL_CLIP),
+        (lambda w: dist.Bernoulli(logits=2 * w), None),
+    ],
+)
+def test_default_steps_are_bounded_where_a_variable_is_not(family, bound):
+    programs, found = scaled(family), {}
+    options = {"fisher": "unit", "fisher_samples": "same", "num_particles": 4, "damping": 1e-3}
+    for clip in (None, math.inf):
+        svi = nh.NaturalRWS(*programs, kl_clip=clip, **options)
+        found[clip] = svi.directions(svi.init(KEY, X), X)
+    assert divergence(found[math.inf]) > 2 * nh.natural.KL_CLIP
+    if bound is None:
+        close(found[None].natural["w"], found[math.inf].natural["w"], 1e-12)
+    else:
+        assert divergence(found[None]) == pytest.approx(bound, rel=0.05)
+    svi = nh.NaturalRWS(*programs, numpyro.optim.SGD(0.1), **options)
+    with_own = svi.directions(svi.init(KEY, X), X)
+    close(with_own.natural["w"], found[math.inf].natural["w"], 1e-12)
+
+
+def test_the_default_trains_gaussian_latents():
+    rng = np.random.default_rng(0)
+    pixels = jnp.asarray(rng.random((64, 20)) < 0.3 + 0.5 * (rng.random((64, 1)) < 0.5), float)
+    start = {k: jnp.asarray(rng.normal(size=s)) / 5 for k, s in (("d", (5, 20)), ("e", (20, 10)))}
+
+    def model(x):
+        weight, bias = numpyro.param("d", start["d"]), numpyro.param("b", jnp.zeros(20))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(jnp.zeros(5), 1.0).to_event(1))
+            numpyro.sample("x", dist.Bernoulli(logits=z @ weight + bias).to_event(1), obs=x)
+
+    def guide(x):
+        out = x @ numpyro.param("e", start["e"]) + numpyro.param("c", jnp.zeros(10))
+        scale = jax.nn.softplus(out[..., 5:]) + 1e-4
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Normal(out[..., :5], scale).to_event(1))
+
+    svi = nh.NaturalRWS(model, guide)
+    losses = np.asarray(steps(svi, svi.init(KEY, pixels), 60, pixels)[1]) / 64
+    assert max(losses) < losses[0] + 2
+    assert losses[-10:].mean() < losses[0] - 1
+
+
+def sometimes_observed():
+    """A latent that is observed where its value is given; the guide then draws nothing."""
+
+    def model(x, z=None):
+        w, a = numpyro.param("w", jnp.ones((12, 3))), numpyro.param("a", jnp.zeros(12))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Bernoulli(logits=a).to_event(1), obs=z)
+            numpyro.sample("x", dist.Bernoulli(logits=z @ w).to_event(1), obs=x)
+
+    def guide(x, z=None):
+        v = numpyro.param("v", jnp.full((3, 12), 0.1))
+        if z is None:
+            with numpyro.plate("data", len(x)):
+                numpyro.sample("z", dist.Bernoulli(logits=x @ v).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("samples", ["lagged", "average"])
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_that_some_batches_do_not_have_are_remembered(form, samples):
+    options = {"fisher": form, "fisher_samples": samples, "sleep_weight": 0.0}
+    svi = nh.NaturalRWS(*sometimes_observed(), numpyro.optim.SGD(0.1), num_particles=3, **options)
+    known = (random.uniform(KEY, (len(X), 12)) < 0.5) * 1.0
+    state = svi.init(KEY, X)
+    for _ in range(3):
+        state, _ = svi.stable_update(state, X)
+    before = state.memory
+    for _ in range(2):
+        state, _ = svi.stable_update(state, X, known)
+    after = state.memory
+    assert int(state.skipped) == 0
+    assert after.held.keys() == before.held.keys()
+    assert ("v" in after.held) != ("v" in after.statistics and form == "kronecker")
+    for kept in ("held", "statistics"):
+        one, two = (jax.tree.leaves(getattr(m, kept).get("v")) for m in (before, after))
+        assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    # The other way round: a block that comes later than the others.
+    state = svi.init(KEY, X, known)
+    for args in ((X, known), (X,), (X, known), (X,)):
+        state, loss = svi.stable_update(state, *args)
+        assert bool(jnp.isfinite(loss))
+    assert "v" in state.memory.held or "v" in state.memory.statistics
 
 
 def test_refresh_every():
@@ -339,6 +449,9 @@ def test_optax_and_the_default_optimiser():
         ({"fisher": "full"}, "fisher="),
         ({"fisher_samples": "old"}, "fisher_samples="),
         ({"refresh_every": 0}, "refresh_every"),
+        ({"refresh_every": 2, "fisher_samples": "same"}, "refresh_every must be 1"),
+        ({"damping": None}, "damping"),
+        ({"damping": "0.1"}, "damping"),
         ({"kl_clip": -1.0}, "kl_clip"),
         ({"tolerance": 0.0}, "tolerance"),
     ],

@@ -209,3 +209,41 @@ def test_inside_named_tuples_and_other_pytrees(kind):
     found = dream(lambda b: body(b.x), lambda b: guide_body(b.x), batch)
     assert type(found.args[0]) is kind and found.args[0].label is batch.label
     check(lambda b: body(b.x), lambda b: guide_body(b.x), batch)
+
+
+def chain(reads_argument):
+    """Two observed sites, the second of which follows from the first."""
+
+    def model(x, y, count):
+        with numpyro.plate("data", 3):
+            bernoulli("h", jnp.zeros(3))
+            drawn = bernoulli("x", jnp.zeros_like(x), obs=x)
+            before = x if reads_argument else drawn
+            noise = random.normal(numpyro.prng_key(), x.shape)
+            bernoulli("y", count + jax.jit(jnp.tanh)(before) + noise, obs=y)
+
+    def guide(x, y, count):
+        a = numpyro.param("a", jnp.array(1.0))
+        with numpyro.plate("data", 3):
+            bernoulli("h", a * (x + y))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_model_that_reads_the_argument_it_observes(jit):
+    args = (X, 1 - X, jnp.array(2.0))
+    svi = RWS(*chain(True), numpyro.optim.SGD(0.1))
+    state = svi.init(KEY, *args)
+    with pytest.raises(ValueError, match="site 'y' of the model depends on an argument"):
+        (jax.jit(svi.update) if jit else svi.update)(state, *args)
+    svi = RWS(*chain(True), numpyro.optim.SGD(0.1), sleep_weight=0.0)
+    assert jnp.isfinite(svi.update(svi.init(KEY, *args), *args)[1])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_model_that_reads_what_it_draws_and_other_arguments(jit):
+    args = (X, 1 - X, jnp.array(2.0))
+    svi = RWS(*chain(False), numpyro.optim.SGD(0.1))
+    update = jax.jit(svi.update) if jit else svi.update
+    assert jnp.isfinite(update(svi.init(KEY, *args), *args)[1])

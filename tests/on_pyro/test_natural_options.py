@@ -1,5 +1,7 @@
 """The options of NaturalRWS."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -53,6 +55,34 @@ def test_dtypes(form, dtype):
     assert all(v.dtype == dtype and bool(v.isfinite().all()) for v in snapshot().values())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast(form):
+    """Half precision inside the layers: blocks and directions are in the parameters' type."""
+    down, up = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+
+    def layer(module, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return module(x)
+
+    def model(x):
+        pyro.module("down", down)
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=layer(down, h)).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("up", up)
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=layer(up, x)).to_event(1))
+
+    svi = NaturalRWS(model, guide, fisher=form)
+    losses = [svi.step(data(torch.float32)) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    found = svi.directions(data(torch.float32))
+    assert all(x.dtype == torch.float32 for x in found.natural.values())
+    assert all(block.gather(found.gradient).dtype == torch.float32 for block in found.fisher.blocks)
+
+
 def test_damping_schedule():
     sbn, x, seen = SBN(), data(), []
 
@@ -98,6 +128,110 @@ def test_kl_clip_bounds_the_step():
         assert torch.equal(kinds[1e6].natural[name], free)
         ratio = kinds[1e-3].natural[name].norm() / free.norm()
         assert 0 < float(ratio) < 1
+
+
+def scaled(family):
+    """A model with one parameter that starts far away from its data."""
+
+    def model(x):
+        w = pyro.param("w", torch.full((3,), 2.0, dtype=torch.float64))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones((), dtype=torch.float64)))
+            pyro.sample("x", family(w * (1 + z[..., None])).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(0.5 * torch.ones((), dtype=torch.float64)))
+
+    return model, guide
+
+
+@pytest.mark.parametrize(
+    ("family", "bound"),
+    [
+        (lambda w: dist.Normal(w, 0.1), ph.natural.KL_CLIP),
+        (lambda w: dist.Poisson(w.exp()), ph.natural.KL_CLIP),
+        (lambda w: dist.Bernoulli(logits=2 * w), None),
+    ],
+)
+def test_default_steps_are_bounded_where_a_variable_is_not(family, bound):
+    programs, found = scaled(family), {}
+    options = {"fisher": "unit", "fisher_samples": "same", "num_particles": 4, "damping": 1e-3}
+    for clip in (None, math.inf):
+        pyro.set_rng_seed(1)
+        found[clip] = NaturalRWS(*programs, kl_clip=clip, **options).directions(data())
+    assert divergence(found[math.inf]) > 2 * ph.natural.KL_CLIP
+    if bound is None:
+        assert torch.equal(found[None].natural["w"], found[math.inf].natural["w"])
+    else:
+        assert divergence(found[None]) == pytest.approx(bound, rel=0.05)
+    with_own = NaturalRWS(*programs, pyro.optim.SGD({"lr": 0.1}), **options)
+    pyro.set_rng_seed(1)
+    assert torch.equal(with_own.directions(data()).natural["w"], found[math.inf].natural["w"])
+
+
+def test_the_default_trains_gaussian_latents():
+    pixels = (torch.rand(64, 20) < 0.3 + 0.5 * (torch.rand(64, 1) < 0.5)).double()
+    decoder, encoder = torch.nn.Linear(5, 20).double(), torch.nn.Linear(20, 10).double()
+    zeros = torch.zeros(5, dtype=torch.float64)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(zeros, 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        out = encoder(x)
+        scale = torch.nn.functional.softplus(out[..., 5:]) + 1e-4
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(out[..., :5], scale).to_event(1))
+
+    svi = NaturalRWS(model, guide)
+    losses = [svi.step(pixels) / 64 for _ in range(60)]
+    assert max(losses) < losses[0] + 2
+    assert sum(losses[-10:]) / 10 < losses[0] - 1
+
+
+@pytest.mark.parametrize("samples", ["lagged", "average"])
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_that_some_batches_do_not_have_are_remembered(form, samples):
+    double = torch.float64
+
+    def model(x, z=None):
+        w = pyro.param("w", torch.ones(12, 3, dtype=double))
+        a = pyro.param("a", torch.zeros(12, dtype=double))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=a).to_event(1), obs=z)
+            pyro.sample("x", dist.Bernoulli(logits=z @ w).to_event(1), obs=x)
+
+    def guide(x, z=None):
+        if z is None:
+            v = pyro.param("v", torch.full((3, 12), 0.1, dtype=double))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Bernoulli(logits=x @ v).to_event(1))
+
+    options = {"fisher": form, "fisher_samples": samples, "sleep_weight": 0.0}
+    svi = NaturalRWS(model, guide, pyro.optim.SGD({"lr": 0.1}), num_particles=3, **options)
+    x, known = data(), (torch.rand(16, 12) < 0.5).double()
+    for _ in range(3):
+        svi.step(x)
+    (before,) = [b for b in svi.memory.batches[-1] if b.params == ["v"]]
+    statistics = svi.memory.statistics.get(before.key)
+    means = None if statistics is None else statistics.mean.clone()
+    for _ in range(2):
+        svi.step(x, known)
+    (after,) = [b for b in svi.memory.batches[-1] if b.params == ["v"]]
+    assert after is before
+    if means is not None:
+        assert torch.equal(svi.memory.statistics[before.key].mean, means)
+    pyro.set_rng_seed(1)
+    block = next(b for b in svi.directions(x).fisher.blocks if b.params == ["v"])
+    used = {id(part.coefficients) for part in block.parts}
+    if samples == "lagged" and form != "kronecker":
+        assert used == {id(part.coefficients) for part in before.parts}
+    svi.step(x)
 
 
 def test_refresh_every():
@@ -282,7 +416,8 @@ def deep(factor=False):
 def test_a_deep_guide_with_extra_sleep_steps(samples):
     """Each solve is at the parameters of its own time: no graph of an earlier one is kept."""
     model, guide, _ = deep()
-    options = {"fisher": "unit", "fisher_samples": samples, "refresh_every": 2, "sleep_steps": 3}
+    options = {"fisher": "unit", "fisher_samples": samples, "sleep_steps": 3}
+    options["refresh_every"] = 1 if samples == "same" else 2
     svi = NaturalRWS(model, guide, pyro.optim.SGD({"lr": 0.1}), **options)
     assert all(torch.isfinite(torch.tensor([svi.step(data()) for _ in range(4)])))
 

@@ -245,3 +245,45 @@ def test_dreamt_counts_keep_the_datas_type():
 
     found = dream(model, lambda x: guide_body(1.0 * x), torch.tensor([0, 2, 1]))
     assert found.args[0].dtype == torch.long
+
+
+def chain(reads_argument):
+    """Two observed sites, the second of which follows from the first."""
+    dropout = torch.nn.Dropout(0.5)
+
+    def model(x, y, count):
+        with pyro.plate("data", 3):
+            h = bernoulli("h", torch.zeros(3))
+            drawn = bernoulli("x", torch.zeros(len(x)), obs=x)
+            before = x if reads_argument else drawn
+            bernoulli("y", count + before + dropout(h), obs=y)
+
+    def guide(x, y, count):
+        a = pyro.param("a", torch.tensor(1.0))
+        with pyro.plate("data", 3):
+            bernoulli("h", a * (x + y))
+
+    return model, guide
+
+
+def test_a_model_that_reads_the_argument_it_observes():
+    before = pyro.get_param_store()
+    svi = RWS(*chain(True), pyro.optim.SGD({"lr": 0.1}))
+    with pytest.raises(ValueError, match="site 'y' of the model depends on an argument"):
+        svi.step(X, 1 - X, torch.tensor(2.0))
+    assert float(before["a"]) == 1.0
+    assert isinstance(RWS(*chain(True), sleep_weight=0.0).step(X, 1 - X, torch.tensor(2.0)), float)
+
+
+def test_a_model_that_reads_what_it_draws_and_other_arguments():
+    """Also where it draws random numbers that no site records; they are left as they were."""
+    model, guide = chain(False)
+    args = (X, 1 - X, torch.tensor(2.0))
+    found = []
+    for checked in ({"arguments"}, set()):
+        programs = Programs(model, guide, 4, 1, validated=checked)
+        pyro.set_rng_seed(3)
+        found.append((programs.dream(args, {}), torch.rand(2)))
+    (one, after), (two, later) = found
+    assert torch.equal(one.model.nodes["y"]["value"], two.model.nodes["y"]["value"])
+    assert torch.equal(after, later)

@@ -12,7 +12,14 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_helmholtz import RWS, NaturalRWS, WakeSleep
+from pyro_helmholtz import (
+    RWS,
+    BiHM,
+    NaturalBiHM,
+    NaturalRWS,
+    StochasticBackprop,
+    WakeSleep,
+)
 
 from .programs import SBN, snapshot
 
@@ -193,6 +200,169 @@ def test_a_loaded_state_is_in_the_store_at_once() -> None:
     assert not torch.equal(pyro.param("w"), saved)
     svi.load_state_dict(state)
     assert torch.equal(pyro.param("w"), saved)
+
+
+def refuses(front, state, match):
+    before = snapshot()
+    with pytest.raises(ValueError, match=match):
+        front.load_state_dict(state)
+    assert all(torch.equal(before[name], value) for name, value in snapshot().items())
+
+
+def test_states_load_where_they_were_saved_alone():
+    pyro.clear_param_store()
+    programs = of_modules()
+    kinds = (RWS, WakeSleep, BiHM, NaturalRWS, NaturalBiHM)
+    fronts = [kind(*programs, num_particles=2, average=False) for kind in kinds]
+    for one in fronts:
+        one.step(X)
+        state = through_a_file(one.state_dict())
+        for other in fronts:
+            if other is not one:
+                refuses(other, state, f"by {type(one).__name__}.*is {type(other).__name__}")
+    unit = NaturalRWS(*programs, num_particles=2, average=False, fisher="unit")
+    refuses(unit, fronts[3].state_dict(), "fisher='kronecker'.*fisher='unit'.*same: fisher")
+
+
+def test_a_state_with_a_posterior_is_refused_without_one():
+    def model(x):
+        w = pyro.param("w", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + w, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("v", torch.zeros(3)), 1.0).to_event(1))
+
+    pyro.clear_param_store()
+    plain = StochasticBackprop(model, guide)
+    posterior = StochasticBackprop(model, guide, parameter_posterior=1.0)
+    for one, other in ((plain, posterior), (posterior, plain)):
+        one.step(X)
+        refuses(other, one.state_dict(), "Not the same: parameter_posterior")
+
+
+def test_a_state_of_an_earlier_version_loads():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    svi = NaturalRWS(*of_modules(), num_particles=2)
+    svi.step(X)
+    state = svi.state_dict()
+    del state["kind"]
+    expected = svi.step(X)
+    svi.load_state_dict(state)
+    assert svi.step(X) == expected
+
+
+@pytest.mark.parametrize("clear", [True, False])
+@pytest.mark.parametrize("kind", [RWS, NaturalRWS])
+def test_a_state_of_other_programs_is_refused_in_every_step(kind, clear):
+    pyro.clear_param_store()
+    svi = kind(*of_params(), num_particles=2)
+    svi.step(X)
+    state = svi.state_dict()
+    if clear:
+        pyro.clear_param_store()
+    fresh = kind(*of_modules(), num_particles=2)
+    fresh.load_state_dict(state)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="of other programs: it has trained parameter"):
+            fresh.step(X)
+    with pytest.raises(ValueError, match="of other programs"):
+        fresh.evaluate_loss(X)
+
+
+def of_growing(constraint=dist.constraints.real):
+    """A parameter more in batches of more than three."""
+
+    def model(x):
+        w = pyro.param("w", lambda: torch.randn(2, 3))
+        late = pyro.param("late", lambda: 0.1 + torch.rand(3), constraint) if len(x) > 3 else 0.0
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=h @ w + late).to_event(1), obs=x)
+
+    return model, of_params()[1]
+
+
+@pytest.mark.parametrize("kind", [RWS, NaturalRWS])
+@pytest.mark.parametrize("constraint", [dist.constraints.real, dist.constraints.positive])
+def test_a_parameter_that_comes_later_has_its_saved_value(kind, constraint):
+    """The first run after loading has a batch that does not use it."""
+    many = X.repeat(2, 1)
+
+    def front():
+        optim = pyro.optim.Adam({"lr": 0.05})
+        return kind(*of_growing(constraint), optim, num_particles=2)
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    svi = front()
+    svi.step(many)
+    state = through_a_file(svi.state_dict())
+    losses = [svi.step(batch) for batch in (X, X, many, X, many)]
+    expected = snapshot()
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(99)
+    svi = front()
+    svi.load_state_dict(state)
+    with pytest.warns(UserWarning, match="trained parameter 'late'"):
+        found = [svi.step(X)]
+    state = through_a_file(svi.state_dict())  # once more, before it exists
+    pyro.clear_param_store()
+    svi = front()
+    svi.load_state_dict(state)
+    with pytest.warns(UserWarning, match="trained parameter 'late'"):
+        found += [svi.step(batch) for batch in (X, many, X, many)]
+    assert found == losses
+    assert all(torch.equal(v, snapshot()[name]) for name, v in expected.items())
+
+
+def test_a_parameter_that_the_state_does_not_have():
+    pyro.clear_param_store()
+    svi = RWS(*of_growing(), num_particles=2)
+    svi.step(X)
+    state = svi.state_dict()
+    svi.step(X.repeat(2, 1))
+    pyro.clear_param_store()
+    svi = RWS(*of_growing(), num_particles=2)
+    svi.load_state_dict(state)
+    with pytest.warns(UserWarning, match="parameter 'late' is not in the state"):
+        svi.step(X.repeat(2, 1))
+
+
+@pytest.mark.parametrize("kind", [RWS, NaturalRWS])
+def test_nothing_is_lost_between_loading_and_the_first_step(kind):
+    def front():
+        return kind(*of_params(), pyro.optim.Adam({"lr": 0.05}), num_particles=2)
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    svi = front()
+    for _ in range(3):
+        svi.step(X)
+    state = svi.state_dict()
+    losses = [svi.step(X) for _ in range(3)]
+
+    pyro.clear_param_store()
+    svi = front()
+    svi.load_state_dict(state)
+    with pytest.raises(ValueError, match="NaN"):  # the first data are bad
+        svi.step(X * float("nan"))
+    assert [svi.step(X) for _ in range(3)] == losses
+
+    pyro.clear_param_store()
+    svi = front()
+    svi.load_state_dict(state)
+    svi.evaluate_loss(X)
+    again = svi.state_dict()  # the optimiser has met no parameter yet
+    assert again["optimiser"].keys() == state["optimiser"].keys()
+    pyro.clear_param_store()
+    svi = front()
+    svi.load_state_dict(again | {"random": state["random"]})
+    assert [svi.step(X) for _ in range(3)] == losses
 
 
 JOINED = """

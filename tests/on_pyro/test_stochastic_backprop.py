@@ -444,3 +444,33 @@ def test_a_posterior_begins_anew_where_the_store_was_cleared():
         mean, variance = svi.posterior()["w"]
         torch.testing.assert_close(mean, torch.ones(3, dtype=F64), rtol=0, atol=0.01)
         torch.testing.assert_close(variance, 1e-3 * torch.ones(3, dtype=F64), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"parameter_posterior": 1.0}])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_directions_where_torch_takes_no_gradients(mode, options):
+    svi = StochasticBackprop(*modules(), num_particles=2, **options)
+    x = torch.randn(5, 3)
+    svi.step(x)
+    for method in (svi.step, svi.directions):
+        with mode(), pytest.raises(ValueError, match="need gradients"):
+            method(x)
+
+
+def test_a_layer_shared_with_the_guide_has_no_posterior():
+    """Under two names too: the guide would run with the drawn values."""
+    shared = nn.Linear(3, 3)
+
+    def model(x):
+        pyro.module("down", shared)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(shared(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("up", shared)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(shared(x), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="belongs to the model and to the guide.* of their own"):
+        StochasticBackprop(model, guide, parameter_posterior=1.0).step(torch.randn(5, 3))
