@@ -271,7 +271,7 @@ def test_a_model_that_reads_the_argument_it_observes():
     svi = RWS(*chain(True), pyro.optim.SGD({"lr": 0.1}))
     with pytest.raises(ValueError, match="site 'y' of the model depends on an argument"):
         svi.step(X, 1 - X, torch.tensor(2.0))
-    assert float(before["a"]) == 1.0
+    assert before["a"].item() == 1.0
     assert isinstance(RWS(*chain(True), sleep_weight=0.0).step(X, 1 - X, torch.tensor(2.0)), float)
 
 
