@@ -418,10 +418,12 @@ class Programs:
         if not found:
             return
         after = _random_state()
-        _set_random_state(random)
-        with torch.no_grad(), Detached(), Dreaming():
-            again = record(self.model, args, kwargs, known)
-        _set_random_state(after)
+        try:
+            _set_random_state(random)
+            with torch.no_grad(), Detached(), Dreaming():
+                again = record(self.model, args, kwargs, known)
+        finally:
+            _set_random_state(after)
         for name, site in stochastic_sites(trace):
             if _depends(site, again.nodes.get(name)):
                 raise reads_its_data(name, found)
