@@ -40,7 +40,7 @@ lint: $(STAMP)
 
 # One thread for each worker: more of them than cores make torch crawl.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .

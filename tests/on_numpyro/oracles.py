@@ -192,7 +192,7 @@ def brute_force(svi, state, args, *, data_dims=(-1,), num_data=None, info=score_
                     total = total + site_fisher(fn, jacobian, site, weight / count, info)
         return total
 
-    flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+    flat = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in leaves])
     return jax.jit(compute)(flat, args)
 
 
@@ -215,7 +215,7 @@ def from_blocks(fisher, params):
             out |= block.scatter(block.matvec(block.gather(arrays)))
         return jnp.concatenate([out[n].reshape(-1) for n in leaves])
 
-    return jax.jit(partial(jax.lax.map, product))(jnp.eye(size)).T
+    return np.asarray(jax.jit(partial(jax.lax.map, product))(np.eye(size))).T
 
 
 ALPHAS = (0.05, 2.0, 1e12)
@@ -226,10 +226,11 @@ def check_operators(blocks):
     for block in blocks:
         if hasattr(block, "max_iterations"):
             block.max_iterations = 500
-    vectors = [random.normal(random.key(1), (b.units, b.size)) for b in blocks]
+    rng = np.random.default_rng(1)
+    vectors = [rng.normal(size=(b.units, b.size)) for b in blocks]
 
     def solves(block, v):
-        return jax.lax.map(lambda alpha: block.solve(v, alpha), jnp.array(ALPHAS))
+        return jax.lax.map(lambda alpha: block.solve(v, alpha), np.array(ALPHAS))
 
     def compute(vectors):
         return [
