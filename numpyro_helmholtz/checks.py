@@ -59,13 +59,25 @@ def is_factor(fn: Any) -> bool:
     return isinstance(_innermost(fn), dist.Unit)
 
 
+def _declares_support(fn: Any) -> bool:
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn.support is not None
+
+
 def check_sites(trace: Trace, program: str) -> None:
-    """Refuse enumeration marks.
+    """Refuse enumeration marks, and distributions that do not say where their values lie.
 
     Raises:
         ValueError: naming the site and the program it stands in.
     """
     for name, site in stochastic_sites(trace):
+        if not _declares_support(site["fn"]):
+            kind = type(_innermost(site["fn"])).__name__
+            raise ValueError(
+                f"site {name!r} of the {program}: {kind} declares no support. Give the class one, "
+                "as support = constraints.real, by which its values and data are checked."
+            )
         mark = site["infer"].get("enumerate")
         if mark:
             raise ValueError(

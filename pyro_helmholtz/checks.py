@@ -35,15 +35,36 @@ def latents(trace: poutine.Trace) -> dict[str, Site]:
     }
 
 
+def _innermost(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def _declares_support(fn: Any) -> bool:
+    try:
+        return fn.support is not None
+    except NotImplementedError:
+        return False
+
+
 def check_sites(trace: poutine.Trace, program: str) -> None:
-    """Refuse enumeration marks.
+    """Refuse enumeration marks, and distributions that do not say where their values lie.
 
     Raises:
         ValueError: naming the site and the program it stands in.
     """
     nodes: dict[str, Site] = dict(trace.nodes)
     for name, site in nodes.items():
-        mark = site["infer"].get("enumerate") if site["type"] == "sample" else None
+        if not is_stochastic(site):
+            continue
+        if not _declares_support(site["fn"]):
+            kind = type(_innermost(site["fn"])).__name__
+            raise ValueError(
+                f"site {name!r} of the {program}: {kind} declares no support. Give the class one, "
+                "as support = constraints.real, by which its values and data are checked."
+            )
+        mark = site["infer"].get("enumerate")
         if mark:
             raise ValueError(
                 f"site {name!r} of the {program} is marked for enumeration "
@@ -66,9 +87,7 @@ def check_point_masses(trace: poutine.Trace, program: str) -> None:
     for name, site in nodes.items():
         if not is_stochastic(site):
             continue
-        fn = site["fn"]
-        while hasattr(fn, "base_dist"):
-            fn = fn.base_dist
+        fn = _innermost(site["fn"])
         if isinstance(fn, dist.Delta) and fn.v.requires_grad:
             raise ValueError(
                 f"site {name!r} of the {program} is a Delta whose value depends on parameters. "

@@ -140,6 +140,46 @@ def test_enumeration_marks(where):
     refuses(marked_model, marked_guide, X, f"'h' of the {where} is marked")
 
 
+class Shifted(dist.Distribution):
+    """A distribution that does not declare where its values lie."""
+
+    arg_constraints = {}
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(jnp.shape(loc))
+
+    def sample(self, key, sample_shape=()):
+        return self.loc + random.normal(key, (*sample_shape, *self.batch_shape))
+
+    def log_prob(self, value):
+        return -0.5 * (value - self.loc) ** 2
+
+
+class Declared(Shifted):
+    support = dist.constraints.real
+
+
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_a_distribution_without_a_support(where):
+    def programs(of_model, of_guide):
+        def model(x):
+            with numpyro.plate("data", len(x)):
+                h = numpyro.sample("h", of_guide(jnp.zeros((3, 2))).to_event(1))
+                numpyro.sample("x", of_model(theta() * h).to_event(1), obs=x)
+
+        def guide(x):
+            with numpyro.plate("data", len(x)):
+                numpyro.sample("h", of_guide(phi() * x).to_event(1))
+
+        return model, guide
+
+    site, kinds = ("x", (Shifted, Declared)) if where == "model" else ("h", (Declared, Shifted))
+    refuses(*programs(*kinds), X, f"'{site}' of the {where}: Shifted declares no support")
+    svi = RWS(*programs(Declared, Declared), num_particles=4)
+    assert jnp.isfinite(svi.update(svi.init(KEY, X), X)[1])
+
+
 @pytest.mark.parametrize("call", ["update", "stable_update", "evaluate", "directions", "run"])
 def test_bad_values(call):
     """NaN data and data outside the support, wherever the data can be looked at."""

@@ -150,6 +150,52 @@ def test_enumeration_marks(front, where):
     refuses(front, marked_model, marked_guide, X, f"'h' of the {where} is marked")
 
 
+class Shifted(dist.TorchDistribution):
+    """A distribution that does not declare where its values lie."""
+
+    arg_constraints = {}
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return Shifted(self.loc.expand(batch_shape))
+
+    def sample(self, sample_shape=()):
+        return self.loc.detach() + torch.randn(*sample_shape, *self.batch_shape)
+
+    def log_prob(self, value):
+        return -0.5 * (value - self.loc) ** 2
+
+
+class Declared(Shifted):
+    support = dist.constraints.real
+
+    def expand(self, batch_shape, _instance=None):
+        return Declared(self.loc.expand(batch_shape))
+
+
+@both
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_a_distribution_without_a_support(front, where):
+    def programs(of_model, of_guide):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                h = pyro.sample("h", of_guide(torch.zeros(3, 2)).to_event(1))
+                pyro.sample("x", of_model(theta() * h).to_event(1), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("h", of_guide(phi() * x).to_event(1))
+
+        return model, guide
+
+    site, kinds = ("x", (Shifted, Declared)) if where == "model" else ("h", (Declared, Shifted))
+    refuses(front, *programs(*kinds), X, f"'{site}' of the {where}: Shifted declares no support")
+    assert math.isfinite(RWS(*programs(Declared, Declared), num_particles=4).step(X))
+
+
 @both
 @pytest.mark.parametrize("warm", [False, True])
 def test_nan_data(front, warm):
