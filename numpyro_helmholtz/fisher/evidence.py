@@ -22,7 +22,15 @@ from ..layout import Layout, site_scale
 from ..parameters import Params, parameters
 from ..recipe import Recipe
 from ..trace import Programs
-from .families import Base, argument_names, arguments, information, other_values, unwrap
+from .families import (
+    Base,
+    argument_names,
+    arguments,
+    event_dim,
+    information,
+    other_values,
+    unwrap,
+)
 
 Array = Any
 
@@ -101,13 +109,15 @@ def _of_site(name: str, site: dict[str, Any], recipe: Recipe) -> Iterator[Entry]
         info, exact, how = {}, False, ""
         error = NotImplementedError(f"site {name!r} of the {recipe.program}: {refused}")
         error.__cause__, within = refused, base.fn
+    except ValueError as refused:
+        raise ValueError(f"site {name!r} of the {recipe.program}: {refused}") from refused
     element = _element_weight(site, base, recipe.weights, recipe.layout)
     covered: set[str] = set()
     for key, value in info.items():
         keys = [key] if isinstance(key, str) else list(key)
         covered |= set(keys)
         chosen = [given[k] if k in given else jnp.asarray(getattr(base.fn, k)) for k in keys]
-        vector = len(keys) == 1 and value.ndim == chosen[0].ndim + 1
+        vector = len(keys) == 1 and event_dim(base.fn, keys[0]) == 1
         form = "coupled" if len(keys) > 1 else "vector" if vector else "scalar"
         tail = chosen[0].shape[-1:] if vector else ()
         chosen = [_widen(x, (*base.fn.batch_shape, *tail)) for x in chosen]

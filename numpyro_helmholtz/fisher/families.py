@@ -3,9 +3,9 @@
 ``register_fisher(MyDistribution)`` decorates a function of one such distribution that returns
 a dictionary. Its keys say which arguments, its values the information:
 
-* ``"loc": array`` in the argument's shape: each element informs about itself alone;
-* ``"logits": array`` with one more dimension than the argument, ``(..., d, d)``: the last
-  dimension of the argument is one vector with this matrix;
+* ``"loc": array`` in the shape of the batch: each element informs about itself alone;
+* ``"logits": array`` of shape ``(..., d, d)`` where the argument's constraint makes its last
+  dimension one event: that dimension is one vector with this matrix;
 * ``("concentration", "rate"): array`` of shape ``(..., d, d)``: ``d`` scalar arguments that
   are coupled element by element.
 
@@ -251,7 +251,7 @@ def information(fn: Any, rng_key: Array | None = None) -> tuple[Information, boo
     Raises:
         NotImplementedError: there is no rule for it, and it cannot be made again from its
             arguments.
-        ValueError: its own rule is about other arguments than it has.
+        ValueError: its own rule is about other arguments than it has, or of another shape.
     """
     registered = _by_rule(fn)
     if registered is not None:
@@ -284,13 +284,39 @@ def _by_rule(fn: Any) -> Information | None:
         found = _RULES[cls](fn)
         keys = {name for key in found for name in ([key] if isinstance(key, str) else key)}
         if keys <= names:
-            return found
+            return _shaped(fn, found)
         if cls is type(fn):
             raise ValueError(
                 f"the rule of {cls.__name__} informs about {sorted(keys)}, but its arguments are "
                 f"{sorted(names)}."
             )
     return None
+
+
+def _shaped(fn: Any, found: Information) -> Information:
+    """What a rule says; matrices in the shape of the batch.
+
+    Raises:
+        ValueError: it has another shape than its arguments give it.
+    """
+    result: Information = {}
+    for key, value in found.items():
+        size: tuple[int, ...] = () if isinstance(key, str) else (len(key),) * 2
+        if isinstance(key, str) and event_dim(fn, key) == 1:
+            size = jnp.shape(getattr(fn, key))[-1:] * 2
+        expected, shape = (*fn.batch_shape, *size), jnp.shape(value)
+        if not _broadcasts(shape, expected):
+            raise ValueError(
+                f"the rule of {type(fn).__name__} gives {key!r} information of shape {shape}; with "
+                f"the batch {tuple(fn.batch_shape)} it has shape {expected}."
+            )
+        result[key] = jnp.broadcast_to(value, expected) if size else value
+    return result
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    pairs = zip(shape[::-1], to[::-1], strict=False)
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in pairs)
 
 
 def _constant(info: Information) -> Information:
@@ -316,7 +342,7 @@ def arguments(fn: Any, names: list[str]) -> dict[str, Array]:
 
 def _check_elementwise(fn: Any, names: list[str]) -> None:
     for name in names:
-        event = _event_dim(fn, name)
+        event = event_dim(fn, name)
         if event > 1 or (event == 1 and len(names) > 1):
             raise NotImplementedError(
                 f"{type(fn).__name__} has no registered Fisher information: its argument "
@@ -325,7 +351,7 @@ def _check_elementwise(fn: Any, names: list[str]) -> None:
             )
 
 
-def _event_dim(fn: Any, name: str) -> int:
+def event_dim(fn: Any, name: str) -> int:
     """Event dimensions of an argument; 0 where its constraint does not say."""
     try:
         return int(fn.arg_constraints[name].event_dim)
@@ -363,7 +389,7 @@ def _with(fn: Any, values: dict[str, Array]) -> Any:
 
 def _from_kl(fn: Any, names: list[str]) -> Information:
     """The second derivative of ``KL(fn, other)`` by the arguments of the other, at ``fn``."""
-    vector = _event_dim(fn, names[0]) == 1
+    vector = event_dim(fn, names[0]) == 1
     values = [lax.stop_gradient(v) for v in arguments(fn, names).values()]
     if not vector:
         values = jnp.broadcast_arrays(*values)
@@ -388,7 +414,7 @@ def _from_kl(fn: Any, names: list[str]) -> Information:
 
 def _from_scores(fn: Any, names: list[str], rng_key: Array | None) -> Information:
     """The mean outer product of the scores of samples."""
-    vector = _event_dim(fn, names[0]) == 1
+    vector = event_dim(fn, names[0]) == 1
     key = jax.random.PRNGKey(0) if rng_key is None else rng_key
     values = [lax.stop_gradient(v) for v in arguments(fn, names).values()]
     if not vector:

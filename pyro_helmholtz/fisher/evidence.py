@@ -23,6 +23,7 @@ from .families import (
     Base,
     argument_names,
     constant_transforms,
+    event_dim,
     information,
     inner_tensors,
     unwrap,
@@ -83,7 +84,7 @@ def entries(
             continue  # a factor is no draw: it has no information
         base = unwrap(site["fn"])
         names = argument_names(base.fn)
-        uses = {n: finder.use((program, name, n), getattr(base.fn, n)) for n in names}
+        uses = {n: finder.use((program, name, n), _widened(base.fn, n)) for n in names}
         inner = [value for value in inner_tensors(base.fn) if value.requires_grad]
         constant = not inner and constant_transforms(base.transforms)
         if constant and not any(use.names for use in uses.values()):
@@ -93,6 +94,8 @@ def entries(
             info, exact, how = information(base.fn, names)
         except NotImplementedError as error:
             raise NotImplementedError(f"site {name!r} of the {program}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"site {name!r} of the {program}: {error}") from error
         covered: set[str] = set()
         element = None
         if names:
@@ -109,7 +112,7 @@ def entries(
             if len(keys) > 1:
                 taken, weighted = _coupled(taken, weighted, finder)
             form = "coupled" if len(taken) > 1 else "scalar"
-            if form == "scalar" and weighted.ndim == taken[0][1].argument.ndim + 1:
+            if form == "scalar" and weighted.ndim > len(base.fn.batch_shape):
                 form = "vector"
             yield Entry(name, taken, form, weighted, exact, how)
         loose = [n for k in names if k not in covered for n in uses[k].names]
@@ -117,6 +120,14 @@ def entries(
         loose += [n for i, v in enumerate(inner) for n in finder.use((name, "inner", i), v).names]
         if loose:
             yield Entry(name, [], "none", torch.zeros(()), False, "no Fisher information", loose)
+
+
+def _widened(fn: Any, name: str) -> Tensor:
+    """An argument in the shape of the batch: a user's distribution may hold a smaller one."""
+    value, batch = getattr(fn, name), fn.batch_shape
+    if value.shape[: len(batch)] == batch:
+        return value
+    return value.expand(*batch, *value.shape[value.ndim - event_dim(fn, name) :])
 
 
 def _coupled(

@@ -3,9 +3,9 @@
 ``register_fisher(MyDistribution)`` decorates a function of one such distribution that returns
 a dictionary. Its keys say which arguments, its values the information:
 
-* ``"loc": tensor`` in the argument's shape: each element informs about itself alone;
-* ``"logits": tensor`` with one more dimension than the argument, ``(..., d, d)``: the last
-  dimension of the argument is one vector with this matrix;
+* ``"loc": tensor`` in the shape of the batch: each element informs about itself alone;
+* ``"logits": tensor`` of shape ``(..., d, d)`` where the argument's constraint makes its last
+  dimension one event: that dimension is one vector with this matrix;
 * ``("concentration", "rate"): tensor`` of shape ``(..., d, d)``: ``d`` scalar arguments that
   are coupled element by element.
 
@@ -232,7 +232,7 @@ def information(fn: Any, names: list[str] | None = None) -> tuple[Information, b
     Raises:
         NotImplementedError: there is no rule for it, and it cannot be made again from its
             arguments.
-        ValueError: its own rule is about other arguments than it has.
+        ValueError: its own rule is about other arguments than it has, or of another shape.
     """
     names = argument_names(fn) if names is None else names
     found = _by_rule(fn, names)
@@ -254,7 +254,7 @@ def _by_rule(fn: Any, names: list[str]) -> Information | None:
         found = _RULES[cls](fn)
         keys = {name for key in found for name in ([key] if isinstance(key, str) else key)}
         if found and keys <= set(names):
-            return found
+            return _shaped(fn, found)
         known = set(fn.arg_constraints)
         if cls is fn.__class__ and not keys <= known:
             raise ValueError(
@@ -262,6 +262,35 @@ def _by_rule(fn: Any, names: list[str]) -> Information | None:
                 f"{sorted(known)}."
             )
     return None
+
+
+def _shaped(fn: Any, found: Information) -> Information:
+    """What a rule says, in the shape of the batch.
+
+    Raises:
+        ValueError: it has another shape than its arguments give it.
+    """
+    result: Information = {}
+    for key, value in found.items():
+        size: tuple[int, ...] = () if isinstance(key, str) else (len(key),) * 2
+        if isinstance(key, str) and event_dim(fn, key) == 1:
+            size = tuple(getattr(fn, key).shape[-1:]) * 2
+        expected, value = (*fn.batch_shape, *size), torch.as_tensor(value)
+        try:
+            result[key] = value if value.shape == expected else value.expand(expected)
+        except RuntimeError:
+            raise ValueError(
+                f"the rule of {type(fn).__name__} gives {key!r} information of shape "
+                f"{tuple(value.shape)}; with the batch {tuple(fn.batch_shape)} it has shape "
+                f"{expected}."
+            ) from None
+    return result
+
+
+def event_dim(fn: Any, name: str) -> int:
+    """Event dimensions of an argument; 0 where its constraint does not say."""
+    constraint = fn.arg_constraints[name]
+    return 0 if constraint is constraints.dependent else constraint.event_dim
 
 
 def argument_names(fn: Any) -> list[str]:
@@ -334,8 +363,7 @@ def _fresh(fn: Any, values: dict[str, Tensor]) -> Any:
 
 def _check_elementwise(fn: Any, names: list[str]) -> None:
     for name in names:
-        constraint = fn.arg_constraints[name]
-        event = 0 if constraint is constraints.dependent else constraint.event_dim
+        event = event_dim(fn, name)
         if event > 1 or (event == 1 and len(names) > 1):
             raise NotImplementedError(
                 f"{type(fn).__name__} has no registered Fisher information: its argument "
@@ -358,7 +386,7 @@ def _from_kl(fn: Any, names: list[str]) -> Information:
     with torch.enable_grad():
         other = _fresh(fn, dict(zip(names, values, strict=True)))
     frozen = _fresh(fn, {name: getattr(fn, name).detach() for name in names})
-    vector = fn.arg_constraints[names[0]].event_dim == 1
+    vector = event_dim(fn, names[0]) == 1
     with torch.enable_grad():
         divergence = kl_divergence(frozen, other).sum()
         first = torch.autograd.grad(divergence, values, create_graph=True)
@@ -377,7 +405,7 @@ def _from_kl(fn: Any, names: list[str]) -> Information:
 
 def _from_scores(fn: Any, names: list[str]) -> Information:
     _check_elementwise(fn, names)
-    vector = fn.arg_constraints[names[0]].event_dim == 1
+    vector = event_dim(fn, names[0]) == 1
     shape = (SCORE_SAMPLES,)
     with torch.no_grad():
         samples = fn.sample(shape)

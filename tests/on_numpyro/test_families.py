@@ -377,6 +377,64 @@ def test_a_rule_for_other_arguments_than_the_distribution_has(rules):
         families.information(Mine(A, B))
 
 
+class Narrow(dist.Distribution):
+    """A normal distribution that keeps its scale in the shape that it is given in."""
+
+    arg_constraints = {"loc": dist.constraints.real, "scale": dist.constraints.positive}
+    support = dist.constraints.real
+
+    def __init__(self, loc, scale):
+        self.loc, self.scale = loc, scale
+        super().__init__(jnp.shape(loc))
+
+    def sample(self, key, sample_shape=()):
+        return dist.Normal(self.loc, self.scale).sample(key, sample_shape)
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, self.scale).log_prob(value)
+
+
+def narrow(kind):
+    """Directions of a layer whose two units share one scale."""
+
+    def model(x):
+        w, s = numpyro.param("w", jnp.array([1.0, 2.0])), numpyro.param("s", jnp.array(0.7))
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Bernoulli(logits=0.3))
+            numpyro.sample("x", kind(z[..., None] * w, s).to_event(1), obs=x)
+
+    def guide(x):
+        a = numpyro.param("a", jnp.array(0.1))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Bernoulli(logits=a * x[:, 0]))
+
+    svi, x = natural(model, guide), jnp.arange(8.0).reshape(4, 2)
+    return svi.directions(svi.init(KEY, x), x)
+
+
+def test_a_rule_in_a_smaller_shape_than_the_batch(rules):
+    @nh.register_fisher(Narrow)
+    def rule(d):
+        return {"loc": d.scale**-2, "scale": 2 / d.scale**2}
+
+    found, truth = narrow(Narrow), narrow(dist.Normal)
+    assert [b.params for b in found.fisher.blocks] == [b.params for b in truth.fisher.blocks]
+    for one, two in zip(found.fisher.blocks, truth.fisher.blocks, strict=True):
+        close(one.dense(), two.dense(), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"), [("loc", (3, 4, 2, 2)), ("loc", (3,)), (("loc", "scale"), (3, 4, 2, 3))]
+)
+def test_a_rule_of_another_shape_names_the_site(rules, key, shape):
+    @nh.register_fisher(Narrow)
+    def rule(d):
+        return {key: jnp.ones(shape)}
+
+    with pytest.raises(ValueError, match="site 'x' of the model: the rule of Narrow gives .* has"):
+        narrow(Narrow)
+
+
 class Powered(dist.Distribution):
     """Normal of variance ``scale**power``; the power is no parameter."""
 

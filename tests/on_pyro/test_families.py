@@ -395,6 +395,72 @@ def test_a_rule_for_other_arguments_than_the_distribution_has(rules):
         families.information(Mine(A, B))
 
 
+class Narrow(dist.TorchDistribution):
+    """A normal distribution that keeps its scale in the shape that it is given in."""
+
+    arg_constraints = {
+        "loc": dist.constraints.real,
+        "scale": dist.constraints.positive,
+    }
+    support = dist.constraints.real
+
+    def __init__(self, loc, scale):
+        self.loc, self.scale = loc, scale
+        super().__init__(loc.shape, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return Narrow(self.loc.expand(batch_shape), self.scale)
+
+    def sample(self, sample_shape=()):
+        return dist.Normal(self.loc, self.scale).sample(sample_shape)
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, self.scale).log_prob(value)
+
+
+def narrow(kind):
+    """Directions of a layer whose two units share one scale."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+    def model(x):
+        w, s = pyro.param("w", t(1.0, 2.0)), pyro.param("s", t(0.7)[0])
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=t(0.3)[0]))
+            pyro.sample("x", kind(z[..., None] * w, s).to_event(1), obs=x)
+
+    def guide(x):
+        a = pyro.param("a", t(0.1)[0])
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=a * x[:, 0]))
+
+    svi = ph.NaturalRWS(model, guide, fisher="unit", num_particles=3)
+    return svi.directions(torch.arange(8.0, dtype=D).reshape(4, 2))
+
+
+def test_a_rule_in_a_smaller_shape_than_the_batch(rules):
+    @ph.register_fisher(Narrow)
+    def rule(d):
+        return {"loc": d.scale.detach() ** -2, "scale": 2 / d.scale.detach() ** 2}
+
+    found, truth = narrow(Narrow), narrow(dist.Normal)
+    assert [b.params for b in found.fisher.blocks] == [b.params for b in truth.fisher.blocks]
+    for one, two in zip(found.fisher.blocks, truth.fisher.blocks, strict=True):
+        torch.testing.assert_close(one.dense(), two.dense(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"), [("loc", (3, 4, 2, 2)), ("loc", (3,)), (("loc", "scale"), (3, 4, 2, 3))]
+)
+def test_a_rule_of_another_shape_names_the_site(rules, key, shape):
+    @ph.register_fisher(Narrow)
+    def rule(d):
+        return {key: torch.ones(shape, dtype=D)}
+
+    with pytest.raises(ValueError, match="site 'x' of the model: the rule of Narrow gives .* has"):
+        narrow(Narrow)
+
+
 def test_a_rule_of_a_transformed_distribution(monkeypatch):
     """Transforms are taken off where there is none; the location's information is 1/scale²."""
     monkeypatch.setattr(families, "_RULES", dict(families._RULES))
