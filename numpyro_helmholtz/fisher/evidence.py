@@ -26,8 +26,8 @@ from .families import (
     Base,
     argument_names,
     arguments,
-    event_dim,
     information,
+    is_vector,
     other_values,
     unwrap,
 )
@@ -117,7 +117,7 @@ def _of_site(name: str, site: dict[str, Any], recipe: Recipe) -> Iterator[Entry]
         keys = [key] if isinstance(key, str) else list(key)
         covered |= set(keys)
         chosen = [given[k] if k in given else jnp.asarray(getattr(base.fn, k)) for k in keys]
-        vector = len(keys) == 1 and event_dim(base.fn, keys[0]) == 1
+        vector = len(keys) == 1 and is_vector(base.fn, keys[0])
         form = "coupled" if len(keys) > 1 else "vector" if vector else "scalar"
         tail = chosen[0].shape[-1:] if vector else ()
         chosen = [_widen(x, (*base.fn.batch_shape, *tail)) for x in chosen]

@@ -4,8 +4,8 @@
 a dictionary. Its keys say which arguments, its values the information:
 
 * ``"loc": array`` in the shape of the batch: each element informs about itself alone;
-* ``"logits": array`` of shape ``(..., d, d)`` where the argument's constraint makes its last
-  dimension one event: that dimension is one vector with this matrix;
+* ``"logits": array`` of shape ``(..., d, d)`` where the last dimension of the argument is none
+  of the batch: it is one vector with this matrix;
 * ``("concentration", "rate"): array`` of shape ``(..., d, d)``: ``d`` scalar arguments that
   are coupled element by element.
 
@@ -302,7 +302,7 @@ def _shaped(fn: Any, found: Information) -> Information:
     result: Information = {}
     for key, value in found.items():
         size: tuple[int, ...] = () if isinstance(key, str) else (len(key),) * 2
-        if isinstance(key, str) and event_dim(fn, key) == 1:
+        if isinstance(key, str) and is_vector(fn, key):
             size = jnp.shape(getattr(fn, key))[-1:] * 2
         expected, shape = (*fn.batch_shape, *size), jnp.shape(value)
         if not _broadcasts(shape, expected):
@@ -342,7 +342,7 @@ def arguments(fn: Any, names: list[str]) -> dict[str, Array]:
 
 def _check_elementwise(fn: Any, names: list[str]) -> None:
     for name in names:
-        event = event_dim(fn, name)
+        event = _event_dim(fn, name)
         if event > 1 or (event == 1 and len(names) > 1):
             raise NotImplementedError(
                 f"{type(fn).__name__} has no registered Fisher information: its argument "
@@ -351,7 +351,12 @@ def _check_elementwise(fn: Any, names: list[str]) -> None:
             )
 
 
-def event_dim(fn: Any, name: str) -> int:
+def is_vector(fn: Any, name: str) -> bool:
+    """Whether the last dimension of an argument is one event, by its constraint or its shape."""
+    return _event_dim(fn, name) == 1 or jnp.ndim(getattr(fn, name)) > len(fn.batch_shape)
+
+
+def _event_dim(fn: Any, name: str) -> int:
     """Event dimensions of an argument; 0 where its constraint does not say."""
     try:
         return int(fn.arg_constraints[name].event_dim)
@@ -389,7 +394,7 @@ def _with(fn: Any, values: dict[str, Array]) -> Any:
 
 def _from_kl(fn: Any, names: list[str]) -> Information:
     """The second derivative of ``KL(fn, other)`` by the arguments of the other, at ``fn``."""
-    vector = event_dim(fn, names[0]) == 1
+    vector = _event_dim(fn, names[0]) == 1
     values = [lax.stop_gradient(v) for v in arguments(fn, names).values()]
     if not vector:
         values = jnp.broadcast_arrays(*values)
@@ -414,7 +419,7 @@ def _from_kl(fn: Any, names: list[str]) -> Information:
 
 def _from_scores(fn: Any, names: list[str], rng_key: Array | None) -> Information:
     """The mean outer product of the scores of samples."""
-    vector = event_dim(fn, names[0]) == 1
+    vector = _event_dim(fn, names[0]) == 1
     key = jax.random.PRNGKey(0) if rng_key is None else rng_key
     values = [lax.stop_gradient(v) for v in arguments(fn, names).values()]
     if not vector:

@@ -127,7 +127,10 @@ def _widened(fn: Any, name: str) -> Tensor:
     value, batch = getattr(fn, name), fn.batch_shape
     if value.shape[: len(batch)] == batch:
         return value
-    return value.expand(*batch, *value.shape[value.ndim - event_dim(fn, name) :])
+    try:
+        return value.expand(*batch, *value.shape[value.ndim - event_dim(fn, name) :])
+    except RuntimeError:  # no element of it belongs to one of the batch
+        return value
 
 
 def _coupled(

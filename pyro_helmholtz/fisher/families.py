@@ -4,8 +4,8 @@
 a dictionary. Its keys say which arguments, its values the information:
 
 * ``"loc": tensor`` in the shape of the batch: each element informs about itself alone;
-* ``"logits": tensor`` of shape ``(..., d, d)`` where the argument's constraint makes its last
-  dimension one event: that dimension is one vector with this matrix;
+* ``"logits": tensor`` of shape ``(..., d, d)`` where the last dimension of the argument is none
+  of the batch: it is one vector with this matrix;
 * ``("concentration", "rate"): tensor`` of shape ``(..., d, d)``: ``d`` scalar arguments that
   are coupled element by element.
 
@@ -273,7 +273,7 @@ def _shaped(fn: Any, found: Information) -> Information:
     result: Information = {}
     for key, value in found.items():
         size: tuple[int, ...] = () if isinstance(key, str) else (len(key),) * 2
-        if isinstance(key, str) and event_dim(fn, key) == 1:
+        if isinstance(key, str) and _is_vector(fn, key):
             size = tuple(getattr(fn, key).shape[-1:]) * 2
         expected, value = (*fn.batch_shape, *size), torch.as_tensor(value)
         try:
@@ -285,6 +285,11 @@ def _shaped(fn: Any, found: Information) -> Information:
                 f"{expected}."
             ) from None
     return result
+
+
+def _is_vector(fn: Any, name: str) -> bool:
+    """Whether the last dimension of an argument is one event, by its constraint or its shape."""
+    return event_dim(fn, name) == 1 or getattr(fn, name).ndim > len(fn.batch_shape)
 
 
 def event_dim(fn: Any, name: str) -> int:

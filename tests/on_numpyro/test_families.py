@@ -401,7 +401,8 @@ def narrow(kind):
         w, s = numpyro.param("w", jnp.array([1.0, 2.0])), numpyro.param("s", jnp.array(0.7))
         with numpyro.plate("data", len(x)):
             z = numpyro.sample("z", dist.Bernoulli(logits=0.3))
-            numpyro.sample("x", kind(z[..., None] * w, s).to_event(1), obs=x)
+            fn = kind(z[..., None] * w, s)
+            numpyro.sample("x", fn.to_event(1 - fn.event_dim), obs=x)
 
     def guide(x):
         a = numpyro.param("a", jnp.array(0.1))
@@ -421,6 +422,27 @@ def test_a_rule_in_a_smaller_shape_than_the_batch(rules):
     assert [b.params for b in found.fisher.blocks] == [b.params for b in truth.fisher.blocks]
     for one, two in zip(found.fisher.blocks, truth.fisher.blocks, strict=True):
         close(one.dense(), two.dense(), 1e-12)
+
+
+class Whole(Narrow):
+    """The same as one vector, whose constraint does not say so."""
+
+    def __init__(self, loc, scale):
+        self.loc, self.scale = loc, scale
+        super(Narrow, self).__init__(jnp.shape(loc)[:-1], jnp.shape(loc)[-1:])
+
+    def log_prob(self, value):
+        return super().log_prob(value).sum(-1)
+
+
+def test_a_rule_of_a_vector_whose_constraint_does_not_say_so(rules):
+    @nh.register_fisher(Whole)
+    def rule(d):
+        return {"loc": jnp.eye(2) / d.scale**2}
+
+    (found,) = [b for b in narrow(Whole).fisher.blocks if b.params == ["w"]]
+    (truth,) = [b for b in narrow(dist.Normal).fisher.blocks if b.params == ["w"]]
+    close(found.dense().reshape(2, 2), jnp.diag(truth.dense().reshape(2)), 1e-12)
 
 
 @pytest.mark.parametrize(

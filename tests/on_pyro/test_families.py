@@ -427,7 +427,8 @@ def narrow(kind):
         w, s = pyro.param("w", t(1.0, 2.0)), pyro.param("s", t(0.7)[0])
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Bernoulli(logits=t(0.3)[0]))
-            pyro.sample("x", kind(z[..., None] * w, s).to_event(1), obs=x)
+            fn = kind(z[..., None] * w, s)
+            pyro.sample("x", fn.to_event(1 - fn.event_dim), obs=x)
 
     def guide(x):
         a = pyro.param("a", t(0.1)[0])
@@ -447,6 +448,31 @@ def test_a_rule_in_a_smaller_shape_than_the_batch(rules):
     assert [b.params for b in found.fisher.blocks] == [b.params for b in truth.fisher.blocks]
     for one, two in zip(found.fisher.blocks, truth.fisher.blocks, strict=True):
         torch.testing.assert_close(one.dense(), two.dense(), rtol=1e-12, atol=0)
+
+
+class Whole(Narrow):
+    """The same as one vector, whose constraint does not say so."""
+
+    def __init__(self, loc, scale):
+        self.loc, self.scale = loc, scale
+        super(Narrow, self).__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return Whole(self.loc.expand(*batch_shape, -1), self.scale)
+
+    def log_prob(self, value):
+        return super().log_prob(value).sum(-1)
+
+
+def test_a_rule_of_a_vector_whose_constraint_does_not_say_so(rules):
+    @ph.register_fisher(Whole)
+    def rule(d):
+        return {"loc": torch.eye(2, dtype=D) / d.scale.detach() ** 2}
+
+    (found,) = [b for b in narrow(Whole).fisher.blocks if b.params == ["w"]]
+    (truth,) = [b for b in narrow(dist.Normal).fisher.blocks if b.params == ["w"]]
+    dense = found.dense().reshape(2, 2)
+    torch.testing.assert_close(dense, torch.diag(truth.dense().reshape(2)), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
