@@ -185,7 +185,9 @@ class Programs(Runner):
         )
         check_sites(model, "model")
         dreams = {name: in_data_type(model[name], x) for name, x in dreaming.observed.items()}
-        self.check_own_dreams(run, keys[1], dreaming.observed, args, kwargs, subsample)
+        if not self._dreamt:
+            self._check_own_dreams(run, keys[1], dreaming.observed, args, kwargs, subsample)
+            self._dreamt = True
         args, kwargs, unread = pair_dreams(
             dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
         )
@@ -195,28 +197,21 @@ class Programs(Runner):
         layout = Layout.of(model, nesting)
         return Dream(model, guide, args, kwargs, layout, (keys[0], keys[1]))
 
-    def check_own_dreams(
+    def _check_own_dreams(
         self,
         run: Callable,
         rng_key: Array,
         observed: dict[str, Any],
         args: tuple,
         kwargs: dict[str, Any],
-        subsample: dict[str, Array] | None = None,
+        subsample: dict[str, Array] | None,
     ) -> None:
         """Refuse a model some site of which is computed from an argument that it observes.
 
-        Looked at once, in the first dream.
-
         Args:
-            run: a program with the parameters. rng_key: of the model. observed: its data, by site.
+            run: the programs. rng_key: of the model. observed: its data, by site.
             args, kwargs: of the call. subsample: indices of subsampled plates.
-
-        Raises:
-            ValueError: such a model, naming the site.
         """
-        if self._dreamt:
-            return
         names: list[str] = []
 
         def draw(data: dict[str, Array]) -> list[Array]:
@@ -237,12 +232,12 @@ class Programs(Runner):
         try:
             program = jax.make_jaxpr(draw)(data).jaxpr
         except jax.errors.JAXTypeError:
-            program = None  # it looks at values: it runs on concrete data alone, and has run
-        if program is not None and any(dce_jaxpr(program, [True] * len(names))[1]):
-            for i, name in enumerate(names):
-                if any(dce_jaxpr(program, [i == j for j in range(len(names))])[1]):
-                    raise reads_its_data(name, found)
-        self._dreamt = True
+            return  # it looks at values: it runs on concrete data alone, and has run
+        if not any(dce_jaxpr(program, [True] * len(names))[1]):
+            return
+        for i, name in enumerate(names):
+            if any(dce_jaxpr(program, [i == j for j in range(len(names))])[1]):
+                raise reads_its_data(name, found)
 
     def again(
         self,

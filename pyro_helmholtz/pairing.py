@@ -148,9 +148,8 @@ def reads_its_data(site: str, observed: Iterable[str]) -> ValueError:
     return ValueError(
         f"site {site!r} of the model depends on an argument that the model observes "
         f"({', '.join(map(repr, sorted(observed)))}). Dreams would follow from the real data "
-        "there, not from the dreamt value. Use the value that pyro.sample returns in place of "
-        "the argument, or hand what is given, not modelled, as an argument of its own; wake-sleep "
-        "can also do without dreams (sleep_weight=0)."
+        "there, beside the dreamt value that the guide sees. Use the value that pyro.sample "
+        "returns in place of the argument, or train without the sleep phase (sleep_weight=0)."
     )
 
 

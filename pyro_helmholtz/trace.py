@@ -376,13 +376,18 @@ class Programs:
         nesting = self.nesting(args, kwargs)
         known = None if subsample is None else only_subsamples(subsample)
         dreaming = Dreaming()
+        first = "arguments" not in self.validated
+        random = _random_state() if first else ()
         with self.validation("dream"):
             with torch.set_grad_enabled(with_grad), Detached(), dreaming:
                 model_trace = record(self.model, args, kwargs, known)
             check_sites(model_trace, "model")
             drawn: dict[str, Any] = dict(model_trace.nodes)
             dreams = {n: in_data_type(drawn[n], x) for n, x in dreaming.observed.items()}
-            self.check_own_dreams(args, kwargs, known)
+            if first:
+                again = with_dreams(dreaming.observed, dreams, args, kwargs)
+                self._check_own_dreams(model_trace, *again, known, random)
+                self.validated.add("arguments")
             args, kwargs, unread = pair_dreams(
                 dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
             )
@@ -394,40 +399,34 @@ class Programs:
         self.validated.add("dream")
         return Dream(model_trace, guide_trace, args, kwargs, Layout.of(sites, nesting))
 
-    def check_own_dreams(
-        self, args: tuple, kwargs: dict[str, Any], known: poutine.Trace | None = None
+    def _check_own_dreams(
+        self,
+        trace: poutine.Trace,
+        args: tuple,
+        kwargs: dict[str, Any],
+        found: set[str],
+        known: poutine.Trace | None,
+        random: tuple,
     ) -> None:
         """Refuse a model that dreams otherwise once its dreams are its arguments.
 
-        Looked at once, in the first dream: two dreams from the same random numbers, which come
-        back as they were.
-
         Args:
-            args, kwargs: of the call. known: subsample indices.
-
-        Raises:
-            ValueError: such a model, naming the site.
+            trace: of its dreams on the data. args, kwargs: with the dreams in place of the data.
+            found: observed sites whose data are arguments. known: subsample indices.
+            random: the state of the random numbers before ``trace``.
         """
-        if "arguments" in self.validated:
+        if not found:
             return
-        random = _random_state()
-
-        def draw(args: tuple, kwargs: dict[str, Any]) -> tuple[poutine.Trace, dict[str, Any]]:
-            _set_random_state(random)
-            with torch.no_grad(), Detached(), Dreaming() as dreaming:
-                return record(self.model, args, kwargs, known), dreaming.observed
-
+        after = _random_state()
         try:
-            trace, observed = draw(args, kwargs)
-            dreams = {name: in_data_type(trace.nodes[name], x) for name, x in observed.items()}
-            new_args, new_kwargs, found = with_dreams(observed, dreams, args, kwargs)
-            again = draw(new_args, new_kwargs)[0] if found else trace
-        finally:
             _set_random_state(random)
+            with torch.no_grad(), Detached(), Dreaming():
+                again = record(self.model, args, kwargs, known)
+        finally:
+            _set_random_state(after)
         for name, site in stochastic_sites(trace):
             if _depends(site, again.nodes.get(name)):
                 raise reads_its_data(name, found)
-        self.validated.add("arguments")
 
 
 def _random_state() -> tuple:

@@ -203,8 +203,6 @@ class ALWS_ELBO(HelmholtzELBO):
                 particles=-1 - nesting,
                 dreaming=dreaming,
             )
-        alone = partial(programs.run, params=params, mutable=mutable)
-        programs.check_own_dreams(alone, rng_key, dreaming.observed, args, kwargs)
         layout = Layout.of(trace, nesting)
         condition = None if self.condition is None else self.condition(*args, **kwargs)
         dreams = sleep_set(

@@ -206,7 +206,6 @@ class ALWS_ELBO(HelmholtzELBO):
         if self._particles(self.num_data) != particles:
             particles = self._particles(self.num_data)
             dream, observed, _ = self._run(programs, args, kwargs, particles)
-        programs.check_own_dreams(args, kwargs)
         return dream, observed
 
     def _particles(self, num_data: int) -> int:

@@ -4,7 +4,6 @@ import itertools
 import math
 import pickle
 import warnings
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -586,24 +585,9 @@ def overflowing(x):
         )
 
 
-def chain(x, reads_data=True):
-    """A second observation that follows from the first."""
-    loc = numpyro.param("loc", jnp.array(0.0))
-    with numpyro.plate("data", len(x)):
-        dreamt = numpyro.sample("x", dist.Normal(loc, jnp.ones(3)).to_event(1), obs=x)
-        before = x if reads_data else dreamt
-        numpyro.sample("y", dist.Normal(loc * before, 1.0).to_event(1), obs=x + 1)
-
-
-def test_a_model_may_read_its_own_dreams():
-    svi = nh.ALWS(partial(chain, reads_data=False), num_sleep=10)
-    assert jnp.isfinite(jax.jit(svi.update)(svi.init(KEY, DATA), DATA)[1])
-
-
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (chain, "site 'y' of the model depends on an argument"),
         (masked, "site '.' is masked"),
         (factor, "site 'penalty' is a numpyro.factor"),
         (delta, "observed site 'x' is a Delta"),

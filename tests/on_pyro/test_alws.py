@@ -729,10 +729,6 @@ def programs(kind):
                 pyro.sample("x", dist.Normal(w * z / 0, 1.0, validate_args=False), obs=x)
             elif kind == "bernoulli":
                 pyro.sample("x", dist.Bernoulli(logits=w * z), obs=x)
-            elif kind in ("reads the data", "reads the dreams"):
-                dreamt = pyro.sample("x", dist.Normal(w * z, 1.0), obs=x)
-                before = x if kind == "reads the data" else dreamt
-                pyro.sample("y", dist.Normal(w * before, 1.0), obs=x + 1)
             else:
                 pyro.sample("x", dist.Normal(w * z, 1.0), obs=x)
 
@@ -747,7 +743,6 @@ BAD = {
     "masked": (X, ValueError, "site 'x' is masked"),
     "infinite": (X, ValueError, "site 'x': the model dreams values that are not finite"),
     "bernoulli": (X, ValueError, "observed site 'x': 2 of 2 values lie outside the support"),
-    "reads the data": (X, ValueError, "site 'y' of the model depends on an argument"),
     "nan": (tensor([0.5, math.nan]), ValueError, "observed site 'x' has 1 NaN"),
     "empty": (X[:0], ValueError, "empty batch"),
 }
@@ -761,18 +756,6 @@ def test_bad_input_changes_nothing(kind):
         svi.step(x)
     if "w" in pyro.get_param_store():
         assert float(pyro.param("w").detach()) == 0.5
-
-
-def test_a_model_may_read_its_own_dreams():
-    """The look at it leaves the random numbers as they were."""
-    losses = []
-    for looked_at in (set(), {"arguments"}):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(1)
-        svi = ALWS(programs("reads the dreams"), num_sleep=20)
-        svi.programs.validated |= looked_at
-        losses.append([svi.step(X), svi.step(X)])
-    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(
