@@ -304,19 +304,17 @@ def _shaped(fn: Any, found: Information) -> Information:
         size: tuple[int, ...] = () if isinstance(key, str) else (len(key),) * 2
         if isinstance(key, str) and is_vector(fn, key):
             size = jnp.shape(getattr(fn, key))[-1:] * 2
-        expected, shape = (*fn.batch_shape, *size), jnp.shape(value)
-        if not _broadcasts(shape, expected):
+        expected = (*fn.batch_shape, *size)
+        try:
+            wide = jnp.broadcast_to(value, expected)
+        except ValueError:
             raise ValueError(
-                f"the rule of {type(fn).__name__} gives {key!r} information of shape {shape}; with "
-                f"the batch {tuple(fn.batch_shape)} it has shape {expected}."
-            )
-        result[key] = jnp.broadcast_to(value, expected) if size else value
+                f"the rule of {type(fn).__name__} gives {key!r} information of shape "
+                f"{jnp.shape(value)}; with the batch {tuple(fn.batch_shape)} it has shape "
+                f"{expected}."
+            ) from None
+        result[key] = wide if size else value
     return result
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    pairs = zip(shape[::-1], to[::-1], strict=False)
-    return len(shape) <= len(to) and all(n in (1, m) for n, m in pairs)
 
 
 def _constant(info: Information) -> Information:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints, kl_divergence
+from torch.distributions import kl_divergence
 from torch.distributions.transforms import ComposeTransform, Transform
 
 Information = dict[str | tuple[str, ...], Tensor]
@@ -294,8 +294,10 @@ def _is_vector(fn: Any, name: str) -> bool:
 
 def event_dim(fn: Any, name: str) -> int:
     """Event dimensions of an argument; 0 where its constraint does not say."""
-    constraint = fn.arg_constraints[name]
-    return 0 if constraint is constraints.dependent else constraint.event_dim
+    try:
+        return int(fn.arg_constraints[name].event_dim)
+    except NotImplementedError:
+        return 0
 
 
 def argument_names(fn: Any) -> list[str]:

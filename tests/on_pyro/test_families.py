@@ -450,6 +450,19 @@ def test_a_rule_in_a_smaller_shape_than_the_batch(rules):
         torch.testing.assert_close(one.dense(), two.dense(), rtol=1e-12, atol=0)
 
 
+def test_a_rule_of_an_argument_whose_constraint_leaves_its_dimensions_open(rules):
+    class Open(Narrow):
+        arg_constraints = Narrow.arg_constraints | {
+            "loc": dist.constraints.dependent(is_discrete=False)
+        }
+
+    @ph.register_fisher(Open)
+    def rule(d):
+        return {"loc": d.scale**-2}
+
+    torch.testing.assert_close(families.information(Open(A, B))[0]["loc"], B**-2)
+
+
 class Whole(Narrow):
     """The same as one vector, whose constraint does not say so."""
 
