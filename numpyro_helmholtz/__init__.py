@@ -25,7 +25,7 @@ from .estimators.reweighted import RWS_ELBO
 from .estimators.wake_sleep import WakeSleep_ELBO
 from .evaluation import LogLikelihood, log_likelihood
 from .exponential_families import ExponentialFamily, register_exponential_family
-from .fisher.families import register_fisher
+from .fisher.registry import register_fisher
 from .gradient_models import (
     DirectRegression,
     GradientModel,

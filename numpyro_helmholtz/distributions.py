@@ -19,7 +19,8 @@ from numpyro.distributions import constraints, kl_divergence
 from numpyro.distributions.util import lazy_property, promote_shapes, validate_sample
 from scipy.special import zeta
 
-from .fisher.families import Information, register_fisher, unwrap
+from .fisher.families import unwrap
+from .fisher.registry import Information, register_fisher
 
 LOG_2PI = math.log(2 * math.pi)
 SHAPES_OF = "loc, precision_factor and precision_diag"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints, register_kl
 from torch.distributions.utils import broadcast_all
 
-from .fisher.families import Information, register_fisher
+from .fisher.registry import Information, register_fisher
 
 __all__ = ["GeneralizedExtremeValue", "Levy", "RankOnePrecisionNormal", "Stable"]
 

@@ -18,7 +18,8 @@ from jax import Array, lax, random
 from numpyro.primitives import Messenger
 
 from ..checks import Site, Trace, latents
-from ..fisher.families import argument_names, arguments, unwrap
+from ..fisher.arguments import argument_names, arguments
+from ..fisher.families import unwrap
 from ..graph import Node, record
 from ..layout import site_scale
 from ..parameters import parameters

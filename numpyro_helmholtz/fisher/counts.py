@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 
-from .families import Information, matrix_of, register_fisher, tiny
+from .closed_forms import matrix_of, tiny
+from .registry import Information, register_fisher
 
 # Nodes u and weights of ``∫ u e^{-u} f(u) du`` over the positive reals (double exponential rule).
 _AT = [i / 8 for i in range(-26, 32)]

@@ -22,15 +22,8 @@ from ..layout import Layout, site_scale
 from ..parameters import Params, parameters
 from ..recipe import Recipe
 from ..trace import Programs
-from .families import (
-    Base,
-    argument_names,
-    arguments,
-    information,
-    is_vector,
-    other_values,
-    unwrap,
-)
+from .arguments import argument_names, arguments, is_vector, other_values
+from .families import Base, information, unwrap
 
 Array = Any
 

@@ -16,7 +16,8 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
 from ..checks import latents
-from ..fisher.families import argument_names, unwrap
+from ..fisher.arguments import argument_names
+from ..fisher.families import unwrap
 from ..layout import Site
 from ..trace import Programs, Wake, site_log_prob, stochastic_sites
 from .base import HelmholtzELBO, Pass

@@ -9,7 +9,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .families import Information, argument_names, floored, matrix_of, register_fisher
+from .arguments import argument_names
+from .closed_forms import floored, matrix_of
+from .registry import Information, register_fisher
 
 # Nodes u and weights of ``∫ u e^{-u} f(u) du`` over the positive reals (double exponential rule).
 _AT = [i / 8 for i in range(-26, 32)]

@@ -19,15 +19,8 @@ from torch import Tensor
 from ..finder import Finder, Use
 from ..layout import Layout
 from ..trace import site_log_prob, stochastic_sites
-from .families import (
-    Base,
-    argument_names,
-    constant_transforms,
-    event_dim,
-    information,
-    inner_tensors,
-    unwrap,
-)
+from .arguments import argument_names, event_dim, inner_tensors
+from .families import Base, constant_transforms, information, unwrap
 
 
 @dataclass(slots=True)

@@ -12,7 +12,8 @@ from jax import random
 from jax.scipy.special import polygamma
 
 import numpyro_helmholtz as nh
-from numpyro_helmholtz.fisher import families
+from numpyro_helmholtz.fisher import families, registry
+from numpyro_helmholtz.fisher.arguments import argument_names
 
 from .oracles import KEY, arguments, close, natural, program, score_information
 
@@ -92,7 +93,7 @@ def test_multivariate_normal_location():
 @pytest.mark.parametrize("name", ["normal", "gamma"])
 def test_kl_route_equals_the_closed_form(name):
     fn = CASES[name]()
-    info = families._from_kl(fn, families.argument_names(fn))
+    info = families._from_kl(fn, argument_names(fn))
     (value,) = info.values()
     close(value, score_information(fn), 1e-9)
 
@@ -318,7 +319,7 @@ def test_the_report_calls_counts_exact(name):
 
 @pytest.fixture
 def rules(monkeypatch):
-    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
 
 
 @pytest.mark.parametrize("wrong", [None, "Normal", dist.Normal(0.0, 1.0), lambda: 0])
@@ -347,7 +348,7 @@ def test_a_matrix_argument_without_a_rule_is_an_error_that_says_how_to_give_one(
     class Correlated(dist.MultivariateNormal):
         pass
 
-    families._RULES.pop(dist.MultivariateNormal)
+    registry._RULES.pop(dist.MultivariateNormal)
     with pytest.raises(NotImplementedError, match="@register_fisher"):
         families.information(Correlated(A, scale_tril=jnp.eye(3)))
 
@@ -541,7 +542,7 @@ def test_zero_inflated_families_have_scores(make):
 
 def test_a_rule_of_a_transformed_distribution(monkeypatch):
     """Transforms are taken off where there is none; the location's information is 1/scale²."""
-    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
 
     class Extreme(dist.TransformedDistribution):
         arg_constraints = {"loc": dist.constraints.real}
@@ -572,7 +573,7 @@ def test_a_rule_of_a_transformed_distribution(monkeypatch):
 
     assert ("loc",) not in blocks()
 
-    @families.register_fisher(Extreme)
+    @registry.register_fisher(Extreme)
     def rule(d):
         return {"loc": jnp.full_like(d.loc, 0.25)}
 

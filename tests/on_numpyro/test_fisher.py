@@ -13,7 +13,7 @@ from numpyro import handlers
 
 import numpyro_helmholtz as nh
 from numpyro_helmholtz import branches
-from numpyro_helmholtz.fisher import eigenbasis, families, solvers
+from numpyro_helmholtz.fisher import eigenbasis, families, registry, solvers
 from numpyro_helmholtz.fisher.blocks import UnitBlock
 from numpyro_helmholtz.parameters import parameters
 
@@ -700,7 +700,7 @@ class Shifted(dist.Distribution):
 
 
 def test_register_fisher_makes_a_users_distribution_exact(monkeypatch):
-    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
     model, guide, x = program(lambda h, w: Shifted(w.layer("a", h, 2)).to_event(1))
     svi = natural(model, guide)
     before = {row.site: row for row in svi.structure(KEY, x)}

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyro_helmholtz as ph
-from pyro_helmholtz.fisher import families
+from pyro_helmholtz.fisher import families, registry
+from pyro_helmholtz.fisher.arguments import argument_names
 from tests.oracles import arguments, close, natural, program, score_information
 
 D = torch.float64
@@ -89,7 +90,7 @@ def test_multivariate_normal_location():
 @pytest.mark.parametrize("name", ["bernoulli logits", "normal", "exponential", "gamma", "poisson"])
 def test_kl_route_equals_the_closed_form(name):
     fn = CASES[name]()
-    info = families._from_kl(fn, families.argument_names(fn))
+    info = families._from_kl(fn, argument_names(fn))
     (value,) = info.values()
     matrix = value if value.ndim > len(fn.batch_shape) else value[..., None, None]
     close(matrix, score_information(fn), 1e-9)
@@ -275,7 +276,7 @@ def test_the_report_calls_counts_exact(name):
 
 @pytest.fixture
 def rules(monkeypatch):
-    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
 
@@ -306,7 +307,7 @@ def test_a_matrix_argument_without_a_rule_is_an_error_that_says_how_to_give_one(
     class Correlated(dist.MultivariateNormal):
         pass
 
-    families._RULES.pop(torch.distributions.MultivariateNormal)
+    registry._RULES.pop(torch.distributions.MultivariateNormal)
     with pytest.raises(NotImplementedError, match="@register_fisher"):
         families.information(Correlated(A, scale_tril=torch.eye(3, dtype=D)))
 
@@ -328,7 +329,7 @@ def test_an_error_of_a_users_rule_reaches_the_user(rules):
 
 def test_constructor_arguments_that_are_no_parameters_are_kept(rules):
     """The total count of Multinomial: n times the information of one draw."""
-    families._RULES.pop(torch.distributions.Multinomial)
+    registry._RULES.pop(torch.distributions.Multinomial)
     logits = torch.stack([A, B])
     with pyro.validation_enabled():
         info, exact, _ = families.information(dist.Multinomial(7, logits=logits))
@@ -502,7 +503,7 @@ def test_a_rule_of_another_shape_names_the_site(rules, key, shape):
 
 def test_a_rule_of_a_transformed_distribution(monkeypatch):
     """Transforms are taken off where there is none; the location's information is 1/scale²."""
-    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
 
     class Extreme(dist.Gumbel):
         pass
@@ -524,7 +525,7 @@ def test_a_rule_of_a_transformed_distribution(monkeypatch):
     x = torch.ones(4, 3, dtype=D)
     assert "loc" not in [name for b in svi.directions(x).fisher.blocks for name in b.params]
 
-    @families.register_fisher(Extreme)
+    @registry.register_fisher(Extreme)
     def rule(d):
         return {"loc": d.scale.detach() ** -2, "scale": 1.8237 * d.scale.detach() ** -2}
 

@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import nn
 
 import pyro_helmholtz as ph
-from pyro_helmholtz.fisher import families, solvers
+from pyro_helmholtz.fisher import families, registry, solvers
 from pyro_helmholtz.fisher.eigenbasis import EigenBasis
 from tests.oracles import (
     arguments,
@@ -643,7 +643,7 @@ class Shifted(dist.TorchDistribution):
 
 
 def test_register_fisher_makes_a_users_distribution_exact(monkeypatch):
-    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
 
     def site(h, m):
         return Shifted(m["a"](h)).to_event(1)
@@ -656,7 +656,7 @@ def test_register_fisher_makes_a_users_distribution_exact(monkeypatch):
     def rule(d):
         return {"where": torch.full_like(d.where.detach(), 4.0)}
 
-    assert rule is families._RULES[Shifted]
+    assert rule is registry._RULES[Shifted]
     d = check(natural(model, guide), x)
     assert next(b for b in d.fisher.blocks if b.site == "x").exact
 
@@ -725,7 +725,7 @@ EXPANDED = {
 @pytest.mark.parametrize("name", EXPANDED)
 def test_expanded_distributions_inform_as_tensors_of_full_shape(name, monkeypatch):
     """One that is expanded stands for every element of every datum, also beside another one."""
-    monkeypatch.setattr(families, "_RULES", dict(families._RULES))
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
     ph.register_fisher(Unexpanded)(lambda d: {"where": torch.full_like(d.where.detach(), 4.0)})
     expanded, full, elements = EXPANDED[name]
 
