@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .estimators.alws import ALWS_ELBO, SleepPass, no_guide
 from .gradient_models import NetworkRegression, ParticleSimulator
+from .sites import parameters
 from .svi import HelmholtzSVI, gradient
-from .trace import parameters
 
 Adapt = float | Callable[[list[Tensor]], torch.optim.Optimizer]
 DEFAULT_HELD_OUT = 200

@@ -18,7 +18,7 @@ from torch import Tensor
 from .checks import check_against_model, check_observations
 from .messengers import Dreaming
 from .pairing import is_sequence, pair_dreams
-from .trace import in_data_type
+from .sites import in_data_type
 
 __all__ = ["impute"]
 

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from .evaluation import LogLikelihood, check_counts, check_width, in_batches, log_likelihood
 from .messengers import Dreaming, record
-from .trace import Programs, Wake, only_subsamples, stochastic_sites
+from .sites import only_subsamples, stochastic_sites
+from .trace import Programs, Wake
 
 __all__ = ["LogPartition", "bidirectional_log_likelihood", "log_partition"]
 

@@ -17,8 +17,9 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from .estimators.reparameterised import StochasticBackprop_ELBO
+from .sites import parameters
 from .svi import Directions, HelmholtzSVI, check_gradients, gradient
-from .trace import Wake, parameters
+from .trace import Wake
 
 __all__ = ["StochasticBackprop"]
 

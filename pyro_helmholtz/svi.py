@@ -25,7 +25,8 @@ from .estimators.wake_sleep import WakeSleep_ELBO
 from .fisher.memory import Fisher
 from .optimiser import JointStep
 from .saved import Late, check_kind, check_names, fill, same_random
-from .trace import Programs, parameters
+from .sites import parameters
+from .trace import Programs
 
 DEFAULT_LEARNING_RATE = 0.05
 

@@ -29,7 +29,6 @@ ALONE = {
     "numpyro_helmholtz/arguments.py": "arguments of programs as a pytree",
     "numpyro_helmholtz/parameters.py": "names of leaves, constraints",
     "numpyro_helmholtz/runner.py": "the first look at programs, whose parameters have no store",
-    "numpyro_helmholtz/sites.py": "what a trace's sites hold; methods of Pyro's traces",
     # Torch hands the graph out. Here it is recorded from the equations that JAX traces.
     "numpyro_helmholtz/record.py": "records a program's equations",
     "numpyro_helmholtz/links.py": "what each primitive does to elements",
@@ -52,7 +51,7 @@ NAMES = {
     ("fisher/matrix_free.py", "pyro_helmholtz"): {"Pieces"},
     # Values are detached, gated and differentiated where torch's graph is built.
     ("messengers.py", "pyro_helmholtz"): {"Detached", "Recorder"},
-    ("trace.py", "pyro_helmholtz"): {"LogProb"},
+    ("sites.py", "pyro_helmholtz"): {"LogProb"},
     ("estimators/price.py", "pyro_helmholtz"): {"Gates", "Gaussian"},
     # The hosts' optimisers.
     ("optimiser.py", "pyro_helmholtz"): {"JointStep"},

@@ -28,7 +28,8 @@ from ..gradient_models import DirectRegression, ParticleSimulator, make_gradient
 from ..kernels import spread
 from ..layout import Layout
 from ..messengers import Dreaming
-from ..trace import Dream, Programs, parameters, stochastic_sites
+from ..sites import parameters, stochastic_sites
+from ..trace import Dream, Programs
 from .base import HelmholtzELBO, Pass
 from .held_out import HeldOut, held_out_dreams
 from .particles import Simulation, rows_of_jacobian

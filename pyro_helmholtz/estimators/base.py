@@ -17,7 +17,8 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from ..layout import Layout
-from ..trace import Dream, LogProb, Programs, Wake, log_probs, parameters
+from ..sites import LogProb, log_probs, parameters
+from ..trace import Dream, Programs, Wake
 
 
 @dataclass

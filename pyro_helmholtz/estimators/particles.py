@@ -19,7 +19,8 @@ from ..checks import PARTICLES, latents
 from ..gradient_models import ParticleSimulator
 from ..layout import Layout
 from ..messengers import Dreaming, record
-from ..trace import Dream, Programs, parameters
+from ..sites import parameters
+from ..trace import Dream, Programs
 from .sleep_set import log_joint, sleep_set
 
 

@@ -19,7 +19,8 @@ from ..checks import latents
 from ..fisher.arguments import argument_names
 from ..fisher.families import unwrap
 from ..layout import Site
-from ..trace import Programs, Wake, site_log_prob, stochastic_sites
+from ..sites import site_log_prob, stochastic_sites
+from ..trace import Programs, Wake
 from .base import HelmholtzELBO, Pass
 from .price import Gates, gaussian, price_terms, warn_of_kinks
 

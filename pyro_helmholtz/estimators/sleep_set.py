@@ -20,7 +20,7 @@ from ..checks import check_log_prob_shape, check_observations
 from ..exponential_families import ExponentialFamily, exponential_family
 from ..fisher.families import unwrap
 from ..layout import Layout, Site
-from ..trace import site_log_prob, stochastic_sites
+from ..sites import site_log_prob, stochastic_sites
 
 
 @dataclass

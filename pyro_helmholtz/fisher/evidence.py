@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..finder import Finder, Use
 from ..layout import Layout
-from ..trace import site_log_prob, stochastic_sites
+from ..sites import site_log_prob, stochastic_sites
 from .arguments import argument_names, event_dim, inner_tensors
 from .families import Base, constant_transforms, information, unwrap
 

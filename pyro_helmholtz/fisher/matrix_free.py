@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..finder import Finder
 from ..recipe import Recipe
-from ..trace import Programs, parameters
+from ..sites import parameters
+from ..trace import Programs
 from . import solvers
 from .evidence import entries
 from .solvers import Solution

@@ -10,7 +10,8 @@ from torch.distributions import constraints
 from pyro_helmholtz.checks import PARTICLES, check_observations
 from pyro_helmholtz.estimators.base import score
 from pyro_helmholtz.messengers import Particles, record
-from pyro_helmholtz.trace import Programs, parameters, site_log_prob, stochastic_sites
+from pyro_helmholtz.sites import parameters, site_log_prob, stochastic_sites
+from pyro_helmholtz.trace import Programs
 
 K, B, D = 3, 4, torch.float64
 

@@ -145,7 +145,7 @@ def test_sleep_direction():
     model = pyro.poutine.trace(pyro.poutine.replay(theirs.model, trace=replayed(DREAM))).get_trace(
         torch.tensor(DREAM["x"])
     )
-    sites = [site for _, site in pyro_helmholtz.trace.stochastic_sites(model)]
+    sites = [site for _, site in pyro_helmholtz.sites.stochastic_sites(model)]
     layout = pyro_helmholtz.trace.Layout.of(sites, 1)
     surrogate = on_torch.score(guide, layout, None, observed=False)
     names = ["up1", "up2"]
