@@ -10,7 +10,7 @@ Reading order, the way of one update:
 6. ``evaluation`` and ``diagnostics``: what came out.
 
 Two ways of their own: ``alws`` needs no guide (``sleep_set``: dreams as matrices,
-``exponential_families``, ``kernels`` and ``gradient_models``: the regression), and
+``exponential_families``, ``kernels``, ``regression`` and ``gradient_models``), and
 ``stochastic_backprop`` lets gradients flow through samples (``reparameterised``, ``price``).
 """
 

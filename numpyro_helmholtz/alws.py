@@ -20,9 +20,11 @@ from .arguments import Arguments
 from .checks import Problem, raise_for
 from .estimators.alws import ALWS_ELBO, SleepPass, no_guide
 from .estimators.base import Pass
-from .gradient_models import DEFAULT_RIDGE, NetworkRegression, ParticleSimulator
+from .gradient_models import NetworkRegression, ParticleSimulator
 from .optimiser import of_numpyro
+from .options import check_counts
 from .parameters import Params, strong
+from .regression import DEFAULT_RIDGE
 from .svi import HelmholtzState, HelmholtzSVI
 
 DEFAULT_HELD_OUT = 200
@@ -112,8 +114,7 @@ class ALWS(HelmholtzSVI):
         )
         trained = isinstance(estimator.regression, NetworkRegression | ParticleSimulator)
         self.adapt = _adapter(DEFAULT_ADAPT if adapt is None and trained else adapt)
-        if not (isinstance(adapt_every, int) and adapt_every >= 1):
-            raise ValueError(f"adapt_every must be an int of at least 1, got {adapt_every!r}.")
+        check_counts(adapt_every=adapt_every)
         self.adapt_every = adapt_every
         fits = self.adapt is not None and not isinstance(estimator.regression, ParticleSimulator)
         if fits and held_out is None:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from jax import Array, random
 from tqdm.auto import tqdm
 
 from .arguments import Arguments
+from .options import check_counts
 from .trace import Params, Programs
 
 __all__ = ["LogLikelihood", "log_likelihood"]
@@ -158,15 +158,6 @@ def log_likelihood(
             results.append(moments.finish(first_datum=start))
     values, ess, tail = (np.concatenate(parts) for parts in zip(*results, strict=True))
     return LogLikelihood(jnp.asarray(values / power), jnp.asarray(ess), num_particles, tail)
-
-
-def check_counts(**counts: Any) -> None:
-    """Refuse what is no number or below 1, naming it."""
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, Integral):
-            raise ValueError(f"{name} must be an int, got {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def check_width(width: int | None, found: int) -> None:

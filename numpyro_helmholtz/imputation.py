@@ -20,6 +20,7 @@ from .arguments import Arguments
 from .checks import Trace, check_against_model
 from .evaluation import hashable
 from .messengers import Dreaming
+from .options import check_counts
 from .pairing import pair_dreams
 from .parameters import Params
 from .sites import in_data_type, mutable_values, sampled_values
@@ -236,8 +237,7 @@ def _check(x: Any, mask: Any, num_steps: Any, keep: Any, start: Any) -> None:
             f"observed_mask must be bool and of x's shape {x.shape}, True where x is observed; "
             f"got {got}."
         )
-    if not (isinstance(num_steps, int) and num_steps >= 1):
-        raise ValueError(f"num_steps must be an int of at least 1, got {num_steps!r}.")
+    check_counts(num_steps=num_steps)
     if not (isinstance(keep, int) and 0 <= keep <= num_steps):
         raise ValueError(f"keep must be between 0 and num_steps={num_steps}, got {keep!r}.")
     if start is not None and jnp.shape(start) != x.shape:

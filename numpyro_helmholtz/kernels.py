@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
+from .options import check_counts
+
 Params = dict[str, Any]
 Kernel = Callable[..., Array]
 MEDIAN_ROWS = 500
@@ -33,8 +35,7 @@ class LinearFeatures:
     """
 
     def __init__(self, dim: int) -> None:
-        if not (isinstance(dim, int) and dim >= 1):
-            raise ValueError(f"dim must be an int of at least 1, got {dim!r}.")
+        check_counts(dim=dim)
         self.dim = dim
 
     def init(self, rng_key: Array, x: Array) -> Params:

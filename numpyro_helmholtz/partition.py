@@ -18,13 +18,13 @@ from .arguments import Arguments
 from .checks import Trace, stochastic_sites
 from .evaluation import (
     LogLikelihood,
-    check_counts,
     check_width,
     hashable,
     in_batches,
     log_likelihood,
 )
 from .messengers import Dreaming
+from .options import check_counts
 from .trace import Params, Programs, Wake, sampled_values, subsample_values
 
 __all__ = ["LogPartition", "bidirectional_log_likelihood", "log_partition"]

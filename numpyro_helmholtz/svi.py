@@ -27,6 +27,7 @@ from .estimators.base import HelmholtzELBO, Pass
 from .estimators.reweighted import RWS_ELBO
 from .estimators.wake_sleep import WakeSleep_ELBO
 from .optimiser import Optimiser, of_numpyro
+from .options import check_counts
 from .parameters import apart, constrain, parameters, signature, strong, unconstrain
 from .trace import Params, Programs
 
@@ -115,8 +116,7 @@ class HelmholtzSVI:
     ) -> None:
         check_program("model", model)
         check_program("guide", guide)
-        if not (isinstance(sleep_steps, int) and sleep_steps >= 1):
-            raise ValueError(f"sleep_steps must be an int of at least 1, got {sleep_steps!r}.")
+        check_counts(sleep_steps=sleep_steps)
         self.model, self.guide, self.estimator = model, guide, estimator
         self.optim = self.default_optimiser() if optim is None else of_numpyro(optim)
         self._optimiser = Optimiser(self.optim, apart=sleep_steps > 1)
@@ -309,8 +309,7 @@ class HelmholtzSVI:
         Raises:
             ValueError: a program or data that cannot be trained so, naming the site.
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps!r}.")
+        check_counts(num_steps=num_steps)
         if init_state is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         else:

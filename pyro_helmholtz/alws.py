@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .estimators.alws import ALWS_ELBO, SleepPass, no_guide
 from .gradient_models import NetworkRegression, ParticleSimulator
+from .options import check_counts
 from .sites import parameters
 from .svi import HelmholtzSVI, gradient
 
@@ -89,8 +90,7 @@ class ALWS(HelmholtzSVI):
         super().__init__(model, no_guide, optim, estimator, average=average)
         trained = isinstance(estimator.regression, NetworkRegression | ParticleSimulator)
         self.adapt = _check_adapt(DEFAULT_ADAPT if adapt is None and trained else adapt)
-        if not (isinstance(adapt_every, int) and adapt_every >= 1):
-            raise ValueError(f"adapt_every must be an int of at least 1, got {adapt_every!r}.")
+        check_counts(adapt_every=adapt_every)
         self.adapt_every = adapt_every
         if self.adapt is not None and not hasattr(estimator.regression, "parameters"):
             raise ValueError(

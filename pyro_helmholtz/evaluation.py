@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .options import check_counts
 from .pairing import is_sequence, rebuilt
 from .trace import guess_max_plate_nesting, wake_trace
 
@@ -145,15 +145,6 @@ def log_likelihood(
             results.append(moments.finish(first_datum=start))
     values, ess, tail = (torch.cat(parts) for parts in zip(*results, strict=True))
     return LogLikelihood(values=values / power, ess=ess, num_particles=num_particles, tail=tail)
-
-
-def check_counts(**counts: Any) -> None:
-    """Refuse what is no number or below 1, naming it."""
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, Integral):
-            raise ValueError(f"{name} must be an int, got {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def check_width(width: int | None, found: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .checks import check_against_model, check_observations
 from .messengers import Dreaming
+from .options import check_counts
 from .pairing import is_sequence, pair_dreams
 from .sites import in_data_type
 
@@ -168,8 +169,7 @@ def _check(x: Tensor, mask: Tensor, num_steps: int, keep: int, start: Tensor | N
             f"observed_mask must be bool and of x's shape {tuple(x.shape)}, True where x is "
             f"observed; got {got}."
         )
-    if not (isinstance(num_steps, int) and num_steps >= 1):
-        raise ValueError(f"num_steps must be an int of at least 1, got {num_steps!r}.")
+    check_counts(num_steps=num_steps)
     if not (isinstance(keep, int) and 0 <= keep <= num_steps):
         raise ValueError(f"keep must be between 0 and num_steps={num_steps}, got {keep!r}.")
     if start is not None and start.shape != x.shape:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .options import check_counts
+
 Kernel = Callable[[Tensor, Tensor], Tensor]
 MEDIAN_ROWS = 500
 TINY_DEVIATION = 1e-6
@@ -33,8 +35,7 @@ class LinearFeatures(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        if not (isinstance(dim, int) and dim >= 1):
-            raise ValueError(f"dim must be an int of at least 1, got {dim!r}.")
+        check_counts(dim=dim)
         self.dim = dim
         self.register_parameter("weight", None)
 

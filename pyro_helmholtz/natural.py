@@ -23,6 +23,7 @@ from .fisher.blocks import Block
 from .fisher.evidence import entries
 from .fisher.memory import Fisher, Memory
 from .layout import Layout
+from .options import check_counts
 from .recipe import Recipe
 from .svi import Directions, HelmholtzSVI, check_gradients, gradient, sgd
 
@@ -102,8 +103,7 @@ class NaturalSVI(HelmholtzSVI):
             averaged = (fisher, fisher_samples) == ("kronecker", "average")
             refresh_every = REFRESH_EVERY if averaged else 1
             self._refresh_all = REFRESH_ALL
-        if not (isinstance(refresh_every, int) and refresh_every >= 1):
-            raise ValueError(f"refresh_every must be an int of at least 1, got {refresh_every!r}.")
+        check_counts(refresh_every=refresh_every)
         if fisher_samples == "same" and refresh_every > 1:
             raise ValueError(
                 "fisher_samples='same' takes each step's own minibatch: refresh_every must be 1, "

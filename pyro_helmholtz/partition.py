@@ -12,8 +12,9 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .evaluation import LogLikelihood, check_counts, check_width, in_batches, log_likelihood
+from .evaluation import LogLikelihood, check_width, in_batches, log_likelihood
 from .messengers import Dreaming, record
+from .options import check_counts
 from .sites import only_subsamples, stochastic_sites
 from .trace import Programs, Wake
 

@@ -24,6 +24,7 @@ from .estimators.reweighted import RWS_ELBO
 from .estimators.wake_sleep import WakeSleep_ELBO
 from .fisher.memory import Fisher
 from .optimiser import JointStep
+from .options import check_counts
 from .saved import Late, check_kind, check_names, fill, same_random
 from .sites import parameters
 from .trace import Programs
@@ -97,8 +98,7 @@ class HelmholtzSVI:
                 f"optim must be an optimiser of pyro.optim, got {type(optim).__name__}. "
                 "For example pyro.optim.SGD({'lr': 0.05})."
             )
-        if not (isinstance(sleep_steps, int) and sleep_steps >= 1):
-            raise ValueError(f"sleep_steps must be an int of at least 1, got {sleep_steps!r}.")
+        check_counts(sleep_steps=sleep_steps)
         self.model, self.guide, self.optim, self.estimator = model, guide, optim, estimator
         self.sleep_steps = sleep_steps
         self._average = Average() if average else None

@@ -68,7 +68,7 @@ NAMES = {
 }
 
 # Framework-free files, and the definitions in them that differ, because they name arrays.
-PLAIN = {"datasets.py": {"Dataset", "load"}, "diagnostics.py": {"describe"}}
+PLAIN = {"datasets.py": {"Dataset", "load"}, "diagnostics.py": {"describe"}, "options.py": set()}
 
 
 def files(package):

@@ -25,16 +25,13 @@ import numpy as np
 from jax import Array, lax, random
 
 from ..checks import Problem, Trace, blame_data, check_observations, check_sites
-from ..gradient_models import (
-    DEFAULT_RIDGE,
-    DirectRegression,
-    ParticleSimulator,
-    make_gradient_model,
-)
+from ..gradient_models import DirectRegression, ParticleSimulator, make_gradient_model
 from ..kernels import spread
 from ..layout import Layout
 from ..messengers import Dreaming
+from ..options import check_counts
 from ..parameters import Params
+from ..regression import DEFAULT_RIDGE
 from ..sites import mutable_values
 from ..trace import Programs
 from .base import HelmholtzELBO, Pass
@@ -140,11 +137,9 @@ class ALWS_ELBO(HelmholtzELBO):
         max_plate_nesting: float = math.inf,
     ) -> None:
         super().__init__(1, max_plate_nesting=max_plate_nesting)
-        if not (isinstance(num_sleep, int) and num_sleep >= 2):
-            raise ValueError(f"num_sleep must be an int of at least 2, got {num_sleep!r}.")
+        check_counts(2, num_sleep=num_sleep)
         held_out = 0 if held_out is None else held_out
-        if not (isinstance(held_out, int) and held_out >= 0):
-            raise ValueError(f"held_out must be an int of at least 0, got {held_out!r}.")
+        check_counts(0, held_out=held_out)
         for name, fn in (("log_prior", log_prior), ("condition", condition)):
             if fn is not None and not callable(fn):
                 raise TypeError(f"{name} must be callable, got {type(fn).__name__}.")

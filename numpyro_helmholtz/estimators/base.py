@@ -20,6 +20,7 @@ from numpyro.infer.elbo import ELBO
 
 from ..checks import Trace, stochastic_sites
 from ..layout import Layout, site_scale
+from ..options import check_counts
 from ..recipe import Recipe
 from ..trace import Dream, Params, Programs, Wake, site_log_prob, subsample_values
 
@@ -74,13 +75,6 @@ def score(trace: Trace, layout: Layout, weights: Array | None, *, observed: bool
     return jnp.asarray(total / layout.num_data)
 
 
-def checked_scale(sleep_scale: float) -> float:
-    """The factor of the sleep direction, where it is one."""
-    if not 0 <= sleep_scale < math.inf:
-        raise ValueError(f"sleep_scale must be finite and not negative, got {sleep_scale!r}.")
-    return float(sleep_scale)
-
-
 class HelmholtzELBO(ELBO):
     """Base of the estimators, with the interface that ``numpyro.infer.SVI`` asks for.
 
@@ -104,8 +98,7 @@ class HelmholtzELBO(ELBO):
         max_plate_nesting: float = math.inf,
         dream_args: Callable | None = None,
     ) -> None:
-        if not (isinstance(num_particles, int) and num_particles >= 1):
-            raise ValueError(f"num_particles must be an int of at least 1, got {num_particles!r}.")
+        check_counts(num_particles=num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.max_plate_nesting = max_plate_nesting
         self.dream_args = dream_args

@@ -22,6 +22,7 @@ from ..fisher.arguments import argument_names, arguments
 from ..fisher.families import unwrap
 from ..graph import Node, record
 from ..layout import site_scale
+from ..options import check_counts
 from ..parameters import parameters
 from ..recipe import Recipe
 from ..sites import sampled_values, site_log_prob
@@ -130,8 +131,7 @@ class StochasticBackprop_ELBO(HelmholtzELBO):
         _one_of("estimator", estimator, ESTIMATORS)
         _one_of("entropy", entropy, ENTROPIES)
         _one_of("hessian", hessian, HESSIANS)
-        if not (isinstance(num_probes, int) and num_probes >= 1):
-            raise ValueError(f"num_probes must be an int of at least 1, got {num_probes!r}.")
+        check_counts(num_probes=num_probes)
         self.estimator, self.entropy = estimator, entropy
         self.hessian, self.num_probes = hessian, num_probes
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from jax import Array
 
+from ..options import checked_scale
 from ..trace import Params, Programs
-from .base import HelmholtzELBO, Pass, checked_scale, score, split, wake_pass
+from .base import HelmholtzELBO, Pass, score, split, wake_pass
 
 
 class WakeSleep_ELBO(HelmholtzELBO):

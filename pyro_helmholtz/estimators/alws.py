@@ -28,6 +28,7 @@ from ..gradient_models import DirectRegression, ParticleSimulator, make_gradient
 from ..kernels import spread
 from ..layout import Layout
 from ..messengers import Dreaming
+from ..options import check_counts
 from ..sites import parameters, stochastic_sites
 from ..trace import Dream, Programs
 from .base import HelmholtzELBO, Pass
@@ -111,10 +112,8 @@ class ALWS_ELBO(HelmholtzELBO):
         max_plate_nesting: float = math.inf,
     ) -> None:
         super().__init__(1, max_plate_nesting=max_plate_nesting)
-        if not (isinstance(num_sleep, int) and num_sleep >= 2):
-            raise ValueError(f"num_sleep must be an int of at least 2, got {num_sleep!r}.")
-        if held_out is not None and not (isinstance(held_out, int) and held_out >= 0):
-            raise ValueError(f"held_out must be an int of at least 0, got {held_out!r}.")
+        check_counts(2, num_sleep=num_sleep)
+        check_counts(0, held_out=0 if held_out is None else held_out)
         self.num_sleep, self.held_out = num_sleep, held_out or 0
         self.gradient_model = make_gradient_model(
             gradient_model, ridge=ridge, kernel=kernel, affine=affine

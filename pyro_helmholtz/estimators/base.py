@@ -17,6 +17,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from ..layout import Layout
+from ..options import check_counts
 from ..sites import LogProb, log_probs, parameters
 from ..trace import Dream, Programs, Wake
 
@@ -71,13 +72,6 @@ def score(
     return torch.zeros(()) if total is None else total / layout.num_data
 
 
-def checked_scale(sleep_scale: float) -> float:
-    """The factor of the sleep direction, where it is one."""
-    if not 0 <= sleep_scale < math.inf:
-        raise ValueError(f"sleep_scale must be finite and not negative, got {sleep_scale!r}.")
-    return float(sleep_scale)
-
-
 class HelmholtzELBO(ELBO):
     """Base of the estimators, with the interface that ``pyro.infer.SVI`` asks for.
 
@@ -97,8 +91,7 @@ class HelmholtzELBO(ELBO):
         max_plate_nesting: float = math.inf,
         dream_args: Callable | None = None,
     ) -> None:
-        if not (isinstance(num_particles, int) and num_particles >= 1):
-            raise ValueError(f"num_particles must be an int of at least 1, got {num_particles!r}.")
+        check_counts(num_particles=num_particles)
         super().__init__(
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,

@@ -19,6 +19,7 @@ from ..checks import latents
 from ..fisher.arguments import argument_names
 from ..fisher.families import unwrap
 from ..layout import Site
+from ..options import check_counts
 from ..sites import site_log_prob, stochastic_sites
 from ..trace import Programs, Wake
 from .base import HelmholtzELBO, Pass
@@ -97,8 +98,7 @@ class StochasticBackprop_ELBO(HelmholtzELBO):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}.")
-        if not (isinstance(num_probes, int) and num_probes >= 1):
-            raise ValueError(f"num_probes must be an int of at least 1, got {num_probes!r}.")
+        check_counts(num_probes=num_probes)
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
         self.estimator, self.entropy = estimator, entropy
         self.hessian, self.num_probes = hessian, num_probes

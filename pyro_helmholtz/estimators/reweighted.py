@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..options import checked_scale
 from ..trace import Programs, Wake
-from .base import HelmholtzELBO, Pass, checked_scale, score
+from .base import HelmholtzELBO, Pass, score
 
 
 class RWS_ELBO(HelmholtzELBO):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..options import checked_scale
 from ..trace import Programs
-from .base import HelmholtzELBO, Pass, checked_scale, score
+from .base import HelmholtzELBO, Pass, score
 
 
 class WakeSleep_ELBO(HelmholtzELBO):

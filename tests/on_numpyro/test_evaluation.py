@@ -196,10 +196,10 @@ def test_a_second_call_compiles_nothing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_particles": 0}, "num_particles must be at least 1"),
-        ({"num_particles": 2.5}, "num_particles must be an int, got 2.5"),
-        ({"particles_at_once": 0}, "particles_at_once must be at least 1"),
-        ({"batch": 0}, "batch must be at least 1"),
+        ({"num_particles": 0}, "num_particles must be an int of at least 1"),
+        ({"num_particles": 2.5}, "num_particles must be an int of at least 1, got 2.5"),
+        ({"particles_at_once": 0}, "particles_at_once must be an int of at least 1"),
+        ({"batch": 0}, "batch must be an int of at least 1"),
     ],
 )
 def test_counts_below_one_are_errors(options, message):
