@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .arguments import Arguments
 from .options import check_counts
+from .sites import subsample_values
 from .trace import Params, Programs
 
 __all__ = ["LogLikelihood", "log_likelihood"]
@@ -148,10 +149,13 @@ def log_likelihood(
             width, these = take(start)
             arguments = Arguments.of(these)
             moments = _Moments(num_particles)
+            subsample: Params = {}
             for done in range(0, num_particles, size):
                 rng_key, key = random.split(rng_key)
                 wanted = min(size, num_particles - done)
-                weights = np.asarray(weigh(key, params, mutable, arguments))[:wanted]
+                # All particles are of the same data: later ones take the first ones' subsample.
+                found, subsample = weigh(key, params, mutable, arguments, subsample)
+                weights = np.asarray(found)[:wanted]
                 check_width(width, weights.shape[1])
                 moments.add(power * weights, first_datum=start)
                 bar.update(wanted)
@@ -213,12 +217,20 @@ def hashable(program: Callable) -> Callable:
 
 @functools.lru_cache(maxsize=32)
 def _weigher(model: Callable, guide: Callable, num_particles: int, nesting: int) -> Callable:
-    """A compiled pass: ``(key, params, mutable, arguments) -> log w``, (particles, n_data)."""
+    """A compiled pass.
+
+    Returns:
+        ``(key, params, mutable, arguments, subsample) -> (log w, subsample)``: log-weights
+        (particles, n_data), and the indices of subsampled plates, by name.
+    """
     programs = Programs(model, guide, num_particles, nesting, constrained=True)
 
-    def weigh(rng_key: Array, params: Params, mutable: Params, arguments: Arguments) -> Array:
+    def weigh(
+        rng_key: Array, params: Params, mutable: Params, arguments: Arguments, subsample: Params
+    ) -> tuple[Array, Params]:
         args, kwargs = arguments.rebuilt()
-        return programs.wake(rng_key, params, args, kwargs, mutable=mutable).log_weights
+        wake = programs.wake(rng_key, params, args, kwargs, subsample, mutable=mutable)
+        return wake.log_weights, subsample_values(wake.guide)
 
     return jax.jit(weigh)
 

@@ -26,7 +26,7 @@ BOUNDED = (
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["num_data", "common_scale"],
-    meta_fields=["shared", "ndim", "bounded"],
+    meta_fields=["shared", "ndim", "bounded", "partial"],
 )
 @dataclass(frozen=True)
 class Layout:
@@ -39,6 +39,8 @@ class Layout:
             site with data, such as one of global latents, do not count.
         common_scale: the scale that the bound of a datum carries.
         bounded: whether all variables have a bounded support, as bits and categories have.
+        partial: of a plate that is subsampled, though sites stand outside of it: what to say
+            where weights are asked for; empty if there is none.
     """
 
     shared: tuple[int, ...]
@@ -46,6 +48,7 @@ class Layout:
     num_data: Any
     common_scale: Any
     bounded: bool = True
+    partial: str = ""
 
     @classmethod
     def of(cls, trace: Trace, max_plate_nesting: int) -> Layout:
@@ -74,7 +77,9 @@ class Layout:
             if names == data_plates and names and not _is_one(users[0]):
                 full = full * jnp.mean(users[0])
         bounded = all(_is_bounded(site["fn"]) for site in sites)
-        return cls(shared, max_plate_nesting + 1, full, common, bounded)
+        sizes = {name: (full_size(name), frame.size) for name, frame in frames.items()}
+        partial = _partial(sites, stacks, names, sizes)
+        return cls(shared, max_plate_nesting + 1, full, common, bounded, partial)
 
     def reduce(self, value: jax.Array) -> jax.Array:
         """Sum a batch-shaped array to one number per particle and datum, shape (K, data...)."""
@@ -82,6 +87,37 @@ class Layout:
         keep = {self.ndim + dim for dim in self.shared} | {0}
         drop = tuple(d for d in range(self.ndim) if d not in keep)
         return value.sum(drop, keepdims=True) if drop else value
+
+    def check_weights(self) -> None:
+        """Refuse importance weights that a subsample cannot give.
+
+        Raises:
+            ValueError: a subsampled plate that does not hold all sites, naming it and one of them.
+        """
+        if self.partial:
+            raise ValueError(
+                f"{self.partial}: importance weights would be those of the subsample alone, as if "
+                "there were no other data. Leave subsample_size out, or take StochasticBackprop, "
+                "which scales the terms."
+            )
+
+
+def _partial(sites: list[Site], stacks: list[dict], names: set[str], sizes: dict) -> str:
+    """What to say of a subsampled plate that not all sites share, or nothing.
+
+    Args:
+        sites: of a program. stacks: their plates. names: of those that all share.
+        sizes: of each plate, in full and of the subsample.
+    """
+    for name in sorted(sizes.keys() - names):
+        full, size = sizes[name]
+        if size != full:
+            outside = next(s for s, stack in zip(sites, stacks, strict=True) if name not in stack)
+            return (
+                f"plate {name!r} is subsampled ({size} of {full}), but site {outside['name']!r} "
+                "stands outside of it"
+            )
+    return ""
 
 
 def _is_data(site: Site) -> bool:

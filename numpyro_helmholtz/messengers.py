@@ -27,6 +27,8 @@ class Particles(numpyro.plate):
 
     def process_message(self, msg: Any) -> None:
         """Widen a sample site."""
+        if msg["type"] == "sample":
+            msg["helmholtz_shared"] = len(msg["fn"].batch_shape) < -self.dim
         if msg["type"] in ("sample", "plate", "deterministic"):
             super().process_message(msg)
 
@@ -48,6 +50,22 @@ class PythonFlow(Messenger):
                 "scan and cond of numpyro.contrib.control_flow cannot run with many particles. "
                 "Write the sample sites of the steps in a Python loop."
             )
+
+
+class Reached(Messenger):
+    """Knows the site that a program has come to."""
+
+    at = "before its first site"
+
+    def process_message(self, msg: Any) -> None:
+        """It is being drawn or scored."""
+        if msg["type"] == "sample":
+            self.at = f"at site {msg['name']!r}"
+
+    def postprocess_message(self, msg: Any) -> None:
+        """It is done."""
+        if msg["type"] == "sample":
+            self.at = f"after site {msg['name']!r}"
 
 
 class FlatDraws(Messenger):

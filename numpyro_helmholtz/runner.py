@@ -17,10 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, random
 from numpyro import handlers
+from numpyro.infer.autoguide import AutoGuide
 
 from .arguments import Arguments
 from .checks import (
+    DREAMING,
     PARTICLES,
+    RAW,
     Problem,
     Trace,
     bad_starts,
@@ -31,11 +34,13 @@ from .checks import (
     check_point_masses,
     check_sites,
     has_points,
+    located,
     problems,
     raise_for,
     stochastic_sites,
+    with_particles,
 )
-from .messengers import Constants, FlatDraws, Particles, PythonFlow
+from .messengers import Constants, FlatDraws, Particles, PythonFlow, Reached
 from .parameters import Held, Params, constraining, unconstrain
 from .sites import mutable_values, sampled_values
 
@@ -139,7 +144,16 @@ class Runner:
             stack.enter_context(handlers.seed(rng_seed=rng_key))
             if dreaming is not None:
                 stack.enter_context(dreaming)
-            program(*args, **kwargs)
+            reached = Reached()
+            stack.enter_context(reached)
+            try:
+                program(*args, **kwargs)
+            except RAW as error:
+                if dreaming is None and particles is None:
+                    raise
+                situation = DREAMING if dreaming is not None else with_particles(self.num_particles)
+                found = located(error, reached.at, situation)
+                raise found from (None if found is error else error)
         return trace
 
     def first_run(
@@ -205,6 +219,10 @@ class Runner:
         Raises:
             ValueError: a program or data that cannot be trained so, naming the site.
         """
+        if isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
+            # It keeps what its first run finds, which must be no part of a compiled program.
+            with blame_data(args, kwargs), handlers.block(), handlers.seed(rng_seed=rng_key):
+                self.guide(*args, **kwargs)
         arguments = Arguments.of((args, kwargs))
         look = self._begin if params is None else self._inspect  # which runs for all data that come
         found = look(rng_key, arguments, params, mutable, start)

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array, lax
+from numpyro.distributions import constraints
 
 from .checks import Site, Trace
 from .parameters import Params
@@ -47,10 +48,19 @@ def in_data_type(site: Site, observed: Any) -> Array:
     """A dream in the type of its data: NumPyro draws bits as integers, data are often floats.
 
     A dream that can be a fraction stays one: data of integers may have a continuous distribution.
+    So does a dream of whole numbers, but of bits, where the data's type has less room: it may be
+    larger than they.
     """
     value, dtype = site["value"], jnp.result_type(observed)
-    if not site["fn"].support.is_discrete and not jnp.issubdtype(dtype, jnp.inexact):
-        return value
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        support = site["fn"].support
+        if not support.is_discrete:
+            return value
+        narrow = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < value.dtype.itemsize
+        while hasattr(support, "base_constraint"):
+            support = support.base_constraint
+        if narrow and support is not constraints.boolean:
+            return value
     return value.astype(dtype)
 
 

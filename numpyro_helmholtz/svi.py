@@ -82,8 +82,10 @@ class HelmholtzSVI:
     Particles are a batch dimension of the programs. So a latent or a factor outside the data's
     plate makes the weights of all data joint: one of each particle for the whole batch, of the
     sum of its log-weights. Scales, of subsampling too, multiply the finished directions and never
-    the weights. ``random_flax_module`` is not supported: a network that is itself a sample would
-    have to run once for each particle.
+    the weights; so a plate that is subsampled has to hold every site, where weights are needed.
+    Sites of the guide that read neither the data nor another site are fitted to the model's prior
+    by the sleep phase, of which a warning tells. ``random_flax_module`` is not supported: a
+    network that is itself a sample would have to run once for each particle.
 
     Args:
         model: a NumPyro program with observed sites. guide: one with the same arguments and

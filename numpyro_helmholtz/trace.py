@@ -20,13 +20,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
-from jax.interpreters.partial_eval import dce_jaxpr
 from jax.scipy.special import logsumexp
 
-from .checks import Trace, blame_data, check_declared, check_sites, stochastic_sites
+from .checks import (
+    Trace,
+    blame_data,
+    check_declared,
+    check_sites,
+    stochastic_sites,
+)
+from .first_look import (
+    check_more_particles,
+    check_own_dreams,
+    check_particles,
+    check_reads_dreams,
+)
 from .layout import Layout
-from .messengers import Dreaming
-from .pairing import pair_dreams, reads_its_data, with_dreams
+from .messengers import Constants, Dreaming
+from .pairing import pair_dreams
 from .parameters import Params, parameters, rebuild
 from .runner import Runner
 from .sites import (
@@ -71,6 +82,7 @@ class Wake:
     @property
     def log_weights(self) -> Array:
         """``log w``, shape (K, number of data), unscaled."""
+        self.layout.check_weights()
         return self.log_w.reshape(len(self.log_w), -1)
 
     def bound(self, power: float = 1.0) -> Array:
@@ -78,11 +90,13 @@ class Wake:
 
         The power a is 1 for the log-likelihood's bound and ½ for the bidirectional machine's.
         """
+        self.layout.check_weights()
         per_datum = (logsumexp(power * self.log_w, 0) - math.log(self.num_particles)) / power
         return (self.layout.common_scale * per_datum).sum()
 
     def weights(self, power: float = 1.0) -> Array:
         """``wᵃ`` normalised, shape (K, data dimensions...); the sum over particles is 1."""
+        self.layout.check_weights()
         return jax.nn.softmax(power * self.log_w, 0)
 
     def uniform(self) -> Array:
@@ -119,7 +133,7 @@ class Programs(Runner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._dreamt = False
+        self._woken, self._dreamt = False, False
 
     def wake(
         self,
@@ -151,6 +165,12 @@ class Programs(Runner):
             model = run(self.model, keys[1], values=sampled_values(guide), mutable=held)
         self.check(guide, model)
         _check_complete(params, guide, model)
+        if not self._woken:
+            self._woken = True
+            check_particles(self, partial(run, self.guide, keys[0], mutable=mutable), guide)
+            check_particles(self, partial(run, self.model, keys[1], mutable=held), model)
+            if not samples and isinstance(self.sampling(), Constants):
+                check_more_particles(self, rng_key, params, args, kwargs, mutable, guide, model)
         layout = Layout.of(model, nesting)
         states = (mutable or {}, held)
         return Wake(model, guide, layout, self.num_particles, (keys[0], keys[1]), states)
@@ -186,58 +206,20 @@ class Programs(Runner):
         check_sites(model, "model")
         dreams = {name: in_data_type(model[name], x) for name, x in dreaming.observed.items()}
         if not self._dreamt:
-            self._check_own_dreams(run, keys[1], dreaming.observed, args, kwargs, subsample)
-            self._dreamt = True
+            check_own_dreams(self, run, keys[1], dreaming.observed, args, kwargs, subsample)
+        own = (args, kwargs)
         args, kwargs, unread = pair_dreams(
             dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
         )
         guide = run(self.guide, keys[0], args=args, kwargs=kwargs, values=sampled_values(model))
         unread.check()
         check_sites(guide, "guide")
+        if not self._dreamt:
+            dreamt = (dreaming.observed, dreams, *own)
+            check_reads_dreams(self, partial(run, self.guide, keys[0]), params, guide, *dreamt)
+            self._dreamt = True
         layout = Layout.of(model, nesting)
         return Dream(model, guide, args, kwargs, layout, (keys[0], keys[1]))
-
-    def _check_own_dreams(
-        self,
-        run: Callable,
-        rng_key: Array,
-        observed: dict[str, Any],
-        args: tuple,
-        kwargs: dict[str, Any],
-        subsample: dict[str, Array] | None,
-    ) -> None:
-        """Refuse a model some site of which is computed from an argument that it observes.
-
-        Args:
-            run: the programs. rng_key: of the model. observed: its data, by site.
-            args, kwargs: of the call. subsample: indices of subsampled plates.
-        """
-        names: list[str] = []
-
-        def draw(data: dict[str, Array]) -> list[Array]:
-            new_args, new_kwargs, _ = with_dreams(observed, data, args, kwargs)
-            trace = run(
-                self.model,
-                rng_key,
-                args=new_args,
-                kwargs=new_kwargs,
-                values=subsample,
-                dreaming=Dreaming(),
-            )
-            names[:] = [name for name, _ in stochastic_sites(trace)]
-            return [trace[name]["value"] for name in names]
-
-        found = with_dreams(observed, observed, args, kwargs)[2]
-        data = {name: observed[name] for name in found}
-        try:
-            program = jax.make_jaxpr(draw)(data).jaxpr
-        except jax.errors.JAXTypeError:
-            return  # it looks at values: it runs on concrete data alone, and has run
-        if not any(dce_jaxpr(program, [True] * len(names))[1]):
-            return
-        for i, name in enumerate(names):
-            if any(dce_jaxpr(program, [i == j for j in range(len(names))])[1]):
-                raise reads_its_data(name, found)
 
     def again(
         self,

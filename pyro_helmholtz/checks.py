@@ -22,7 +22,19 @@ def is_stochastic(site: Site) -> bool:
     return (
         site["type"] == "sample"
         and type(site["fn"]).__name__ != "_Subsample"
-        and not site["infer"].get("_deterministic")
+        and not is_deterministic(site)
+    )
+
+
+def is_deterministic(site: Site) -> bool:
+    """Whether a site is a function of its parents, not a sample, as ``poutine.reparam`` has too."""
+    if site["infer"].get("_deterministic"):
+        return True
+    return (
+        isinstance(site["fn"], dist.MaskedDistribution)
+        and site["fn"]._mask is False
+        and bool(site["is_observed"])
+        and isinstance(_innermost(site["fn"]), dist.Delta)
     )
 
 
@@ -269,3 +281,44 @@ def _check_declared(site: Site, shape: tuple[int, ...], ndim: float, what: str) 
                 f"{ {f.name: (f.dim, f.size) for f in site['cond_indep_stack']} }. "
                 "Declare the dimension by pyro.plate or by .to_event(...)."
             )
+
+
+def mixes_particles(site: str) -> ValueError:
+    """The error for a site that depends on latents of all particles together."""
+    return ValueError(
+        f"site {site!r} has one distribution for all particles, though it depends on latents. "
+        "Particles stand in the leftmost batch dimension of every latent, and the program sums, "
+        "indexes or averages over it. Take dimensions from the right: "
+        "w.sum(-1, keepdims=True) and w[..., i] instead of w.sum() and w[i]."
+    )
+
+
+RAW = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
+
+
+def located(error: Exception, at: str, situation: str) -> Exception:
+    """An error of a program, with where it happened; as it is where it names a site already.
+
+    Args:
+        error: from the program. at: the site it had come to. situation: how it ran.
+    """
+    if type(error) not in RAW or "site '" in str(error):
+        return error
+    first, *more = str(error).split("\n")  # hosts may add the shapes of all sites
+    told = f"{first or type(error).__name__} ({at}; {situation})"
+    return type(error)("\n".join([told, *more]))
+
+
+def with_particles(count: int) -> str:
+    """The situation of a program with particles."""
+    return (
+        f"the program ran with {count} particles, which stand in the leftmost batch dimension of "
+        "its latents: where it fails for that, index and reduce from the right, as in w[..., i] "
+        "and (x * w).sum(-1)"
+    )
+
+
+DREAMING = (
+    "the model was to dream, which draws its observed sites, too: where that cannot be, train "
+    "without the sleep phase (sleep_weight=0)"
+)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .options import check_counts
 from .pairing import is_sequence, rebuilt
+from .sites import only_subsamples
 from .trace import guess_max_plate_nesting, wake_trace
 
 __all__ = ["LogLikelihood", "log_likelihood"]
@@ -124,7 +125,8 @@ def log_likelihood(
     if not power > 0:
         raise ValueError(f"power must be positive, got {power!r}")
     starts, take = in_batches(args, kwargs, batch)
-    results = []
+    results: list[tuple] = []
+    validated: set[str] = set()
     with (
         torch.no_grad(),
         tqdm(total=len(starts) * num_particles, unit="particle", disable=not progress) as bar,
@@ -133,12 +135,20 @@ def log_likelihood(
             width, these = take(start)
             if math.isinf(max_plate_nesting):
                 max_plate_nesting = guess_max_plate_nesting(model, guide, *these)
-            moments = _Moments(num_particles)
+            moments, subsample = _Moments(num_particles), None
             for done in range(0, num_particles, particles_at_once):
                 size = min(particles_at_once, num_particles - done)
-                weights = wake_trace(
-                    model, guide, *these, num_particles=size, max_plate_nesting=max_plate_nesting
-                ).log_weights
+                wake = wake_trace(
+                    model,
+                    guide,
+                    *these,
+                    num_particles=size,
+                    max_plate_nesting=max_plate_nesting,
+                    samples=subsample,
+                    validated=validated,
+                )
+                subsample = only_subsamples(wake.guide)  # all particles are of the same data
+                weights = wake.log_weights
                 check_width(width, weights.shape[1])
                 moments.add(power * weights.detach(), first_datum=start)
                 bar.update(size)

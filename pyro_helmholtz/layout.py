@@ -30,6 +30,8 @@ class Layout:
             site with data, such as one of global latents, do not count.
         common_scale: the scale that the bound of a datum carries.
         bounded: whether all variables have a bounded support, as bits and categories have.
+        partial: of a plate that is subsampled, though sites stand outside of it: what to say
+            where weights are asked for; empty if there is none.
     """
 
     shared: tuple[int, ...]
@@ -38,6 +40,7 @@ class Layout:
     num_data: float
     common_scale: Any
     bounded: bool = True
+    partial: str = ""
 
     @classmethod
     def of(cls, sites: list[Site], max_plate_nesting: int) -> Layout:
@@ -63,7 +66,10 @@ class Layout:
             ratio = common / subsample
             full = full * float(ratio.mean() if torch.is_tensor(ratio) else ratio)
         bounded = all(_is_bounded(site["fn"]) for site in sites)
-        return cls(shared, sequential, max_plate_nesting + 1, max(full, 1e-30), common, bounded)
+        sizes = {name: (f.full_size or f.size, f.size) for name, f in frames.items()}
+        partial = _partial(sites, stacks, names, sizes)
+        full = max(full, 1e-30)
+        return cls(shared, sequential, max_plate_nesting + 1, full, common, bounded, partial)
 
     def key(self, site: Site) -> tuple:
         """Which turn of the shared sequential plates a site belongs to."""
@@ -81,6 +87,37 @@ class Layout:
         keep = {self.ndim + dim for dim in self.shared} | {0}
         drop = [d for d in range(self.ndim) if d not in keep]
         return value.sum(drop, keepdim=True) if drop else value
+
+    def check_weights(self) -> None:
+        """Refuse importance weights that a subsample cannot give.
+
+        Raises:
+            ValueError: a subsampled plate that does not hold all sites, naming it and one of them.
+        """
+        if self.partial:
+            raise ValueError(
+                f"{self.partial}: importance weights would be those of the subsample alone, as if "
+                "there were no other data. Leave subsample_size out, or take StochasticBackprop, "
+                "which scales the terms."
+            )
+
+
+def _partial(sites: list[Site], stacks: list[dict], names: set[str], sizes: dict) -> str:
+    """What to say of a subsampled plate that not all sites share, or nothing.
+
+    Args:
+        sites: of a program. stacks: their plates. names: of those that all share.
+        sizes: of each plate, in full and of the subsample.
+    """
+    for name in sorted(sizes.keys() - names):
+        full, size = sizes[name]
+        if size != full:
+            outside = next(s for s, stack in zip(sites, stacks, strict=True) if name not in stack)
+            return (
+                f"plate {name!r} is subsampled ({size} of {full}), but site {outside['name']!r} "
+                "stands outside of it"
+            )
+    return ""
 
 
 def _is_data(site: Site) -> bool:

@@ -18,7 +18,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import TraceMessenger
 
-from .checks import PARTICLES
+from .checks import PARTICLES, RAW, is_deterministic, located
 
 
 class Detached(Messenger):
@@ -42,13 +42,14 @@ class Particles(IndepMessenger):
 
     def __init__(self, count: int, dim: int, *, constant: bool) -> None:
         super().__init__(PARTICLES, count, dim)
-        self.constant = constant
+        self.constant, self._reach = constant, -dim
         self._frame = CondIndepStackFrame(PARTICLES, dim, count, 0, count)
 
     def _process_message(self, msg: Any) -> None:
         msg["cond_indep_stack"] = (self._frame, *msg["cond_indep_stack"])
         if msg["type"] != "sample":
             return
+        msg["helmholtz_shared"] = len(getattr(msg["fn"], "batch_shape", ())) < self._reach
         if not (msg["done"] or _is_broad(msg)):
             BroadcastMessenger._pyro_sample(msg)
         if self.constant:
@@ -69,9 +70,13 @@ class Recorder(TraceMessenger):
     def __init__(self, samples: poutine.Trace | None = None) -> None:
         super().__init__()
         self._samples: dict[str, Any] = dict(samples.nodes) if samples is not None else {}
+        self.at = "before its first site"
 
     def _process_message(self, msg: Any) -> None:
-        if msg["type"] != "sample" or msg["is_observed"]:
+        if msg["type"] != "sample":
+            return
+        self.at = f"at site {msg['name']!r}"
+        if msg["is_observed"]:
             return
         known = self._samples.get(msg["name"])
         if known is None:
@@ -82,6 +87,8 @@ class Recorder(TraceMessenger):
 
     def _postprocess_message(self, msg: Any) -> None:
         kind, name = msg["type"], msg["name"]
+        if kind == "sample":
+            self.at = f"after site {name!r}"
         if kind != "param" and (kind != "sample" or msg["infer"].get("_do_not_trace")):
             return
         known = self.trace.nodes.get(name)
@@ -126,16 +133,20 @@ class Dreaming(Messenger):
         msg["done"] = False
 
 
-def record(fn: Any, args: tuple, kwargs: dict[str, Any], samples: Any = None) -> poutine.Trace:
-    """The trace of a program that takes samples from an earlier trace where it can."""
+def record(
+    fn: Any, args: tuple, kwargs: dict[str, Any], samples: Any = None, situation: str = ""
+) -> poutine.Trace:
+    """The trace of a program that takes samples from an earlier trace where it can.
+
+    Its errors are told with the site it had come to and the situation, where one is given.
+    """
     recorder = Recorder(samples)
-    recorder(fn)(*args, **kwargs)
+    try:
+        recorder(fn)(*args, **kwargs)
+    except RAW as error:
+        found = located(error, recorder.at, situation) if situation else error
+        raise found from (None if found is error else error)
     return recorder.trace
-
-
-def is_deterministic(msg: Any) -> bool:
-    """A deterministic site is a function of its parents, not a sample."""
-    return bool(msg["infer"].get("_deterministic"))
 
 
 def draw(msg: Any) -> None:

@@ -153,6 +153,16 @@ def reads_its_data(site: str, observed: Iterable[str]) -> ValueError:
     )
 
 
+def dreams_unread(sites: Iterable[str]) -> str:
+    """The warning about guide sites that the sleep phase can only fit to the model's prior."""
+    return (
+        f"the guide's sites {sorted(sites)} follow neither the dreams of the data nor another "
+        "site: the sleep phase fits them to the model's prior, whatever the data are. Let the "
+        "guide read the observed argument itself, not a copy, or give dream_args; for a guide "
+        "that is not amortised, train without the sleep phase (sleep_weight=0)."
+    )
+
+
 def _replaced(item: Any, dreams: Mapping[int, tuple[str, torch.Tensor]], found: set[str]) -> Any:
     """An argument with dreams in place of observed values, whose sites go into ``found``.
 

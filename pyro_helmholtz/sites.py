@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from torch.distributions import constraints
 
 from .checks import check_log_prob_shape, is_stochastic
 from .layout import Layout, Site
@@ -135,13 +136,19 @@ def in_data_type(site: Site, observed: Any) -> torch.Tensor:
     """A dream in the type of its data: the host draws counts as floats, data may be integers.
 
     A dream that can be a fraction stays one: data of integers may have a continuous distribution.
+    Whole numbers, but for bits, are as wide as torch has them: a dream may be larger than the data.
     """
     value: torch.Tensor = site["value"]
     if not torch.is_tensor(observed) or value.dtype == observed.dtype:
         return value
     if not (site["fn"].support.is_discrete or observed.is_floating_point()):
         return value
-    return value.to(observed.dtype)
+    support = site["fn"].support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if observed.is_floating_point() or support is constraints.boolean:
+        return value.to(observed.dtype)
+    return value.to(torch.int64)
 
 
 def only_subsamples(trace: poutine.Trace) -> poutine.Trace:

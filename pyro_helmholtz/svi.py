@@ -53,7 +53,9 @@ class HelmholtzSVI:
 
     A latent or a factor outside the data's plate makes the weights of all data joint: one of each
     particle for the whole batch, of the sum of its log-weights. Scales, of subsampling too,
-    multiply the finished directions and never the weights.
+    multiply the finished directions and never the weights; so a plate that is subsampled has to
+    hold every site, where weights are needed. Sites of the guide that read neither the data nor
+    another site are fitted to the model's prior by the sleep phase, of which a warning tells.
 
     Args:
         model: a Pyro program with observed sites. guide: one with the same arguments and the

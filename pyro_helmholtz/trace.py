@@ -22,16 +22,25 @@ import torch
 from pyro import poutine
 
 from .checks import (
+    DREAMING,
     blame_data,
     check_against_model,
     check_observations,
     check_plates,
     check_point_masses,
     check_sites,
+    with_particles,
 )
-from .layout import Layout, Site
+from .first_look import (
+    check_more_particles,
+    check_own_dreams,
+    check_particles,
+    check_reads_dreams,
+    random_state,
+)
+from .layout import Layout
 from .messengers import Detached, Dreaming, Particles, record
-from .pairing import pair_dreams, reads_its_data, with_dreams
+from .pairing import pair_dreams, with_dreams
 from .sites import (
     in_data_type,
     log_probs,
@@ -112,6 +121,7 @@ class Wake:
     @property
     def log_weights(self) -> torch.Tensor:
         """``log w``, shape (K, number of data), unscaled."""
+        self.layout.check_weights()
         return torch.cat([w.reshape(len(w), -1) for w in self.per_turn.values()], 1)
 
     def bound(self, power: float = 1.0) -> torch.Tensor:
@@ -119,6 +129,7 @@ class Wake:
 
         The power a is 1 for the log-likelihood's bound and ½ for the bidirectional machine's.
         """
+        self.layout.check_weights()
         total: torch.Tensor | None = None
         for log_w in self.per_turn.values():
             log_sum = _log_sum_exp(power * log_w if power != 1.0 else log_w)
@@ -133,6 +144,7 @@ class Wake:
         Weights so small that products with them would be subnormal are 0: they count for nothing
         and a CPU takes many times as long for them.
         """
+        self.layout.check_weights()
         return {
             key: _without_negligible((power * log_w).softmax(0))
             for key, log_w in self.per_turn.items()
@@ -228,9 +240,10 @@ class Programs:
         with blame():
             nesting = self.nesting(args, kwargs)
         with blame(), self.validation("wake"), self.particles(nesting, sampling):
-            guide_trace = record(self.guide, args, kwargs, samples)
+            situation = with_particles(self.num_particles)
+            guide_trace = record(self.guide, args, kwargs, samples, situation)
             check_sites(guide_trace, "guide")
-            model_trace = record(self.model, args, kwargs, guide_trace)
+            model_trace = record(self.model, args, kwargs, guide_trace, situation)
         check_sites(model_trace, "model")
         check_against_model(model_trace, guide_trace)
         if sampling is None and torch.is_grad_enabled():
@@ -240,6 +253,11 @@ class Programs:
         sites = [site for _, site in stochastic_sites(model_trace)]
         layout = Layout.of(sites, nesting)
         wake = Wake(model_trace, guide_trace, layout, self.num_particles)
+        if "wake" not in self.validated:
+            check_particles(self, self.guide, args, kwargs, guide_trace, nesting)
+            check_particles(self, self.model, args, kwargs, model_trace, nesting)
+            if samples is None and sampling is None:
+                check_more_particles(self, args, kwargs, guide_trace, model_trace)
         self.validated.add("wake")
         return wake
 
@@ -265,17 +283,16 @@ class Programs:
         known = None if subsample is None else only_subsamples(subsample)
         dreaming = Dreaming()
         first = "arguments" not in self.validated
-        random = _random_state() if first else ()
+        random, own = random_state() if first else (), (args, kwargs)
         with self.validation("dream"):
             with torch.set_grad_enabled(with_grad), Detached(), dreaming:
-                model_trace = record(self.model, args, kwargs, known)
+                model_trace = record(self.model, args, kwargs, known, DREAMING)
             check_sites(model_trace, "model")
             drawn: dict[str, Any] = dict(model_trace.nodes)
             dreams = {n: in_data_type(drawn[n], x) for n, x in dreaming.observed.items()}
             if first:
                 again = with_dreams(dreaming.observed, dreams, args, kwargs)
-                self._check_own_dreams(model_trace, *again, known, random)
-                self.validated.add("arguments")
+                check_own_dreams(self, model_trace, *again, known, random)
             args, kwargs, unread = pair_dreams(
                 dreaming.observed, dreams, args, kwargs, self.guide, self.dream_args
             )
@@ -283,58 +300,12 @@ class Programs:
                 guide_trace = record(self.guide, args, kwargs, model_trace)
         unread.check()
         check_sites(guide_trace, "guide")
+        if first:
+            check_reads_dreams(self, guide_trace, dreaming.observed, dreams, *own)
+            self.validated.add("arguments")
         sites = [site for _, site in stochastic_sites(model_trace)]
         self.validated.add("dream")
         return Dream(model_trace, guide_trace, args, kwargs, Layout.of(sites, nesting))
-
-    def _check_own_dreams(
-        self,
-        trace: poutine.Trace,
-        args: tuple,
-        kwargs: dict[str, Any],
-        found: set[str],
-        known: poutine.Trace | None,
-        random: tuple,
-    ) -> None:
-        """Refuse a model that dreams otherwise once its dreams are its arguments.
-
-        Args:
-            trace: of its dreams on the data. args, kwargs: with the dreams in place of the data.
-            found: observed sites whose data are arguments. known: subsample indices.
-            random: the state of the random numbers before ``trace``.
-        """
-        if not found:
-            return
-        after = _random_state()
-        try:
-            _set_random_state(random)
-            with torch.no_grad(), Detached(), Dreaming():
-                again = record(self.model, args, kwargs, known)
-        finally:
-            _set_random_state(after)
-        for name, site in stochastic_sites(trace):
-            if _depends(site, again.nodes.get(name)):
-                raise reads_its_data(name, found)
-
-
-def _random_state() -> tuple:
-    """Of all generators that a program may use."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return pyro.util.get_rng_state(), cuda
-
-
-def _set_random_state(state: tuple) -> None:
-    pyro.util.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state_all(state[1])
-
-
-def _depends(site: Site, other: Site | None) -> bool:
-    """Whether a site that was drawn twice by the same random numbers came out otherwise."""
-    if other is None or other["value"].shape != site["value"].shape:
-        return True
-    one, two = site["fn"].log_prob(site["value"]), other["fn"].log_prob(site["value"])
-    return not torch.allclose(one, two, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def wake_trace(
@@ -345,6 +316,14 @@ def wake_trace(
     *,
     num_particles: int,
     max_plate_nesting: float = math.inf,
+    samples: poutine.Trace | None = None,
+    validated: set[str] | None = None,
 ) -> Wake:
-    """K particles of the guide on the data; ``.log_weights`` has shape (K, number of data)."""
-    return Programs(model, guide, num_particles, max_plate_nesting).wake(args, kwargs)
+    """K particles of the guide on the data; ``.log_weights`` has shape (K, number of data).
+
+    Values of ``samples``, such as the indices of a subsample, are used again. What one call has
+    looked at, which goes into ``validated``, the next need not.
+    """
+    options: dict[str, Any] = {} if validated is None else {"validated": validated}
+    programs = Programs(model, guide, num_particles, max_plate_nesting, **options)
+    return programs.wake(args, kwargs, samples)

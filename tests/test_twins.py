@@ -60,7 +60,7 @@ NAMES = {
     ("checks.py", "numpyro_helmholtz"): {"Problem"},
     ("fisher/memory.py", "numpyro_helmholtz"): {"Kept"},
     # And programs are run again under other handlers, where Pyro changes a trace it has.
-    ("messengers.py", "numpyro_helmholtz"): {"Constants", "FlatDraws", "PythonFlow"},
+    ("messengers.py", "numpyro_helmholtz"): {"Constants", "FlatDraws", "PythonFlow", "Reached"},
     ("estimators/alws.py", "numpyro_helmholtz"): {"ModelAlone"},
     ("estimators/particles.py", "numpyro_helmholtz"): {"Simulated"},
     ("estimators/reparameterised.py", "numpyro_helmholtz"): {"Reparameterised", "Shifted"},

@@ -97,7 +97,17 @@ def information(fn: Any, names: list[str] | None = None) -> tuple[Information, b
     try:
         return _from_kl(fn, names), True, "second derivative of the KL divergence"
     except (NotImplementedError, TypeError, ValueError, RuntimeError):
-        return _from_scores(fn, names), False, f"Monte-Carlo scores ({SCORE_SAMPLES} samples)"
+        pass
+    try:
+        found = _from_scores(fn, names)
+    except NotImplementedError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise NotImplementedError(
+            f"{type(fn).__name__} has no registered Fisher information, and its scores cannot be "
+            f"sampled by its arguments {names} ({error}). Give one by @register_fisher."
+        ) from error
+    return found, False, f"Monte-Carlo scores ({SCORE_SAMPLES} samples)"
 
 
 def _check_elementwise(fn: Any, names: list[str]) -> None:

@@ -37,7 +37,7 @@ def stub(monkeypatch, log_weights, by_row=False):
     state = {"done": 0}
 
     def weigher(model, guide, num_particles, nesting):
-        def weigh(key, params, mutable, arguments):
+        def weigh(key, params, mutable, arguments, subsample):
             start = state["done"]
             state["done"] = start + num_particles
             if state["done"] >= len(log_weights):
@@ -45,7 +45,7 @@ def stub(monkeypatch, log_weights, by_row=False):
             columns = slice(None)
             if by_row:
                 columns = np.asarray(arguments.rebuilt()[0][0], int)
-            return log_weights[start : start + num_particles][:, columns]
+            return log_weights[start : start + num_particles][:, columns], subsample
 
         return weigh
 

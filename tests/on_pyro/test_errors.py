@@ -297,7 +297,7 @@ def test_batches_that_plates_declare(front):
         theta()
         with pyro.plate("data", len(x)), poutine.mask(mask=x[:, 0] > 0):
             h = pyro.sample("h", dist.Bernoulli(0.5))
-        with pyro.plate("few", len(x), subsample=torch.tensor([0, 2])) as rows:
+        with pyro.plate("few", len(x), subsample=torch.tensor([2, 0, 1])) as rows:
             pyro.sample("y", dist.Normal(theta()[0], 1.0), obs=x[rows, 0])
         for i in pyro.plate("turns", 2):
             pyro.sample(f"t{i}", dist.Normal(theta()[i], 1.0), obs=torch.tensor(0.5))

@@ -76,9 +76,9 @@ def stub(monkeypatch, log_weights, by_row=False):
     state = {"done": 0}
 
     class Wake:
-        pass
+        guide = pyro.poutine.Trace()
 
-    def wake_trace(model, guide, args, kwargs, *, num_particles, max_plate_nesting):
+    def wake_trace(model, guide, args, kwargs, *, num_particles, **rest):
         start = state["done"]
         state["done"] = (start + num_particles) % len(log_weights)
         wake = Wake()
