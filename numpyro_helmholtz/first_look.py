@@ -60,14 +60,14 @@ def check_more_particles(
     An index such as ``w[i]`` would find particles, and nothing would be amiss but the numbers.
 
     Args:
-        programs: not looked at again. rng_key, params, args, kwargs, mutable: of its ``wake``.
+        programs: of both. rng_key, params, args, kwargs, mutable: of its ``wake``.
         traces: of both programs.
     """
     frames = [f for t in traces for _, s in stochastic_sites(t) for f in s["cond_indep_stack"]]
     sizes = {frame.size for frame in frames if frame.name != PARTICLES}
     if programs.num_particles > 1 and programs.num_particles in sizes:
         more = copy.copy(programs)
-        more.num_particles = programs.num_particles + 1
+        more.num_particles, more.woken = programs.num_particles + 1, True
         look = partial(more.wake, args=args, kwargs=kwargs, mutable=mutable)
         jax.eval_shape(lambda *to: look(*to).log_weights, rng_key, params)
 

@@ -153,7 +153,9 @@ class Runner:
                     raise
                 situation = DREAMING if dreaming is not None else with_particles(self.num_particles)
                 found = located(error, reached.at, situation)
-                raise found from (None if found is error else error)
+                if found is error:
+                    raise
+                raise found from error
         return trace
 
     def first_run(

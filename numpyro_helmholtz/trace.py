@@ -133,7 +133,7 @@ class Programs(Runner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._woken, self._dreamt = False, False
+        self.woken, self.dreamt = False, False  # whether each phase has been looked at
 
     def wake(
         self,
@@ -165,12 +165,12 @@ class Programs(Runner):
             model = run(self.model, keys[1], values=sampled_values(guide), mutable=held)
         self.check(guide, model)
         _check_complete(params, guide, model)
-        if not self._woken:
-            self._woken = True
+        if not self.woken:
             check_particles(self, partial(run, self.guide, keys[0], mutable=mutable), guide)
             check_particles(self, partial(run, self.model, keys[1], mutable=held), model)
             if not samples and isinstance(self.sampling(), Constants):
                 check_more_particles(self, rng_key, params, args, kwargs, mutable, guide, model)
+            self.woken = True
         layout = Layout.of(model, nesting)
         states = (mutable or {}, held)
         return Wake(model, guide, layout, self.num_particles, (keys[0], keys[1]), states)
@@ -205,7 +205,7 @@ class Programs(Runner):
         )
         check_sites(model, "model")
         dreams = {name: in_data_type(model[name], x) for name, x in dreaming.observed.items()}
-        if not self._dreamt:
+        if not self.dreamt:
             check_own_dreams(self, run, keys[1], dreaming.observed, args, kwargs, subsample)
         own = (args, kwargs)
         args, kwargs, unread = pair_dreams(
@@ -214,10 +214,10 @@ class Programs(Runner):
         guide = run(self.guide, keys[0], args=args, kwargs=kwargs, values=sampled_values(model))
         unread.check()
         check_sites(guide, "guide")
-        if not self._dreamt:
+        if not self.dreamt:
             dreamt = (dreaming.observed, dreams, *own)
             check_reads_dreams(self, partial(run, self.guide, keys[0]), params, guide, *dreamt)
-            self._dreamt = True
+            self.dreamt = True
         layout = Layout.of(model, nesting)
         return Dream(model, guide, args, kwargs, layout, (keys[0], keys[1]))
 

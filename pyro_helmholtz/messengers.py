@@ -145,7 +145,9 @@ def record(
         recorder(fn)(*args, **kwargs)
     except RAW as error:
         found = located(error, recorder.at, situation) if situation else error
-        raise found from (None if found is error else error)
+        if found is error:
+            raise
+        raise found from error
     return recorder.trace
 
 

@@ -54,8 +54,9 @@ def test_a_program_that_mixes_particles(fn):
     message = "site 'x' has one distribution for all particles"
     for front in (nh.RWS, nh.NaturalRWS):
         svi = front(with_three(fn), three, num_particles=5, sleep_weight=0.0)
-        with pytest.raises(ValueError, match=message):
-            svi.update(svi.init(KEY, X), X)
+        for _ in range(2):  # once is not enough to let it pass
+            with pytest.raises(ValueError, match=message):
+                svi.update(svi.init(KEY, X), X)
     with pytest.raises(ValueError, match=message):
         nh.log_likelihood(KEY, params, with_three(fn), three, X, num_particles=10)
     alone = nh.RWS(with_three(fn), three, num_particles=1, sleep_weight=0.0)

@@ -54,8 +54,9 @@ MIXED = {
 @pytest.mark.parametrize("front", [ph.RWS, ph.NaturalRWS])
 def test_a_program_that_mixes_particles(fn, front):
     svi = front(with_three(fn), three, num_particles=5, sleep_weight=0.0)
-    with pytest.raises(ValueError, match="site 'x' has one distribution for all particles"):
-        svi.step(X)
+    for _ in range(2):  # once is not enough to let it pass
+        with pytest.raises(ValueError, match="site 'x' has one distribution for all particles"):
+            svi.step(X)
     assert (pyro.param("loc") == 0.3).all()
     with pytest.raises(ValueError, match="site 'x' has one distribution for all particles"):
         ph.log_likelihood(with_three(fn), three, X, num_particles=10)
