@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -359,6 +359,7 @@ def mixes_particles(site: str) -> ValueError:
     )
 
 
+# Of programs and hosts, which name no site; kinds of their own pass as they are.
 RAW = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
 
 
@@ -375,6 +376,7 @@ def located(error: Exception, at: str, situation: str) -> Exception:
     return type(error)("\n".join([told, *more]))
 
 
+@cache
 def with_particles(count: int) -> str:
     """The situation of a program with particles."""
     return (

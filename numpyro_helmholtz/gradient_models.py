@@ -112,13 +112,11 @@ class ParticleSimulator:
 
     def __init__(self, simulator: Any, noise_dim: int, num_particles: int = 10) -> None:
         _check_module("simulator", simulator)
+        check_counts(noise_dim=noise_dim, num_particles=num_particles)
         if num_particles % 2:
             raise ValueError(f"num_particles must be even, got {num_particles!r}.")
         self.simulator = simulator
-        check_counts(noise_dim=noise_dim)
-        self.noise_dim = noise_dim
-        check_counts(num_particles=num_particles)
-        self.num_particles = num_particles
+        self.noise_dim, self.num_particles = noise_dim, num_particles
 
     def init(self, rng_key: Array, x: Array) -> Gamma:
         """γ from a first sleep set (N, d): the simulator's own parameters are learned."""

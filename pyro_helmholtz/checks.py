@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pyro
@@ -293,6 +294,7 @@ def mixes_particles(site: str) -> ValueError:
     )
 
 
+# Of programs and hosts, which name no site; kinds of their own pass as they are.
 RAW = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
 
 
@@ -309,6 +311,7 @@ def located(error: Exception, at: str, situation: str) -> Exception:
     return type(error)("\n".join([told, *more]))
 
 
+@cache
 def with_particles(count: int) -> str:
     """The situation of a program with particles."""
     return (

@@ -87,7 +87,8 @@ def check_own_dreams(
     """Refuse a model that dreams otherwise once its dreams are its arguments.
 
     Args:
-        trace: of its dreams on the data. args, kwargs: with the dreams in place of the data.
+        programs: the model's. trace: of its dreams on the data.
+        args, kwargs: with the dreams in place of the data.
         found: observed sites whose data are arguments. known: subsample indices.
         random: the state of the random numbers before ``trace``.
     """

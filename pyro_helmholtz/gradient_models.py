@@ -132,13 +132,11 @@ class ParticleSimulator:
     def __init__(self, simulator: nn.Module, noise_dim: int, num_particles: int = 10) -> None:
         if not isinstance(simulator, nn.Module):
             raise TypeError(f"simulator must be an nn.Module, got {type(simulator).__name__}.")
+        check_counts(noise_dim=noise_dim, num_particles=num_particles)
         if num_particles % 2:
             raise ValueError(f"num_particles must be even, got {num_particles!r}.")
         self.simulator = simulator
-        check_counts(noise_dim=noise_dim)
-        self.noise_dim = noise_dim
-        check_counts(num_particles=num_particles)
-        self.num_particles = num_particles
+        self.noise_dim, self.num_particles = noise_dim, num_particles
 
     def particles(self, x: Tensor) -> dict[str, Tensor]:
         """Latents (R, n, *event) for the inputs (n, d)."""

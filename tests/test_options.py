@@ -1,10 +1,14 @@
 """Options that count something: whole numbers of any kind, no truth values."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("jax")
+
+from torch import nn  # noqa: E402
 
 import numpyro_helmholtz as nh  # noqa: E402
 import pyro_helmholtz as ph  # noqa: E402
@@ -38,3 +42,11 @@ def test_bounds_other_than_one(package):
         package.ALWS(program, num_sleep=1)
     with pytest.raises(ValueError, match="held_out must be an int of at least 0, got -1"):
         package.ALWS(program, held_out=-1)
+
+
+@pytest.mark.parametrize("count", [None, 2.5, 0])
+def test_particles_of_a_simulator(count):
+    networks = {ph: nn.Identity(), nh: SimpleNamespace(init=program, apply=program)}
+    for package, network in networks.items():
+        with pytest.raises(ValueError, match="num_particles must be an int of at least 1"):
+            package.ParticleSimulator(network, 2, count)
