@@ -18,8 +18,9 @@ from numpyro.infer.svi import SVIRunResult
 from . import branches
 from .arguments import Arguments
 from .checks import Problem, raise_for
-from .estimators.alws import ALWS_ELBO, SleepPass, no_guide
+from .estimators.alws import ALWS_ELBO, SleepPass
 from .estimators.base import Pass
+from .estimators.sleep_phase import no_guide
 from .gradient_models import NetworkRegression, ParticleSimulator
 from .optimiser import of_numpyro
 from .options import check_counts

@@ -11,7 +11,8 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from .estimators.alws import ALWS_ELBO, SleepPass, no_guide
+from .estimators.alws import ALWS_ELBO, SleepPass
+from .estimators.sleep_phase import SleepPhase, no_guide
 from .gradient_models import NetworkRegression, ParticleSimulator
 from .options import check_counts
 from .sites import parameters
@@ -167,7 +168,7 @@ class ALWS(HelmholtzSVI):
         return self._adapter
 
     def _first_run(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        dream, _ = self.estimator.dreams(self.programs, args, kwargs)
+        dream, _ = self.estimator.dreams(SleepPhase(self.programs, args, kwargs))
         return parameters(dream.model)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:

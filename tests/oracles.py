@@ -31,7 +31,7 @@ def unwrapped(fn):
         if isinstance(fn, dist.torch_distribution.MaskedDistribution):
             masks.append((torch.as_tensor(fn._mask), len(fn.batch_shape)))
             fn = fn.base_dist
-        elif hasattr(fn, "base_dist"):
+        elif hasattr(fn, "base_dist") and not isinstance(fn, torch.distributions.Weibull):
             fn = fn.base_dist
         else:
             return fn, masks
@@ -41,6 +41,8 @@ def arguments(fn):
     """The names of the arguments that a distribution was made with."""
     if isinstance(fn, torch.distributions.Beta):
         return ["concentration1", "concentration0"]
+    if isinstance(fn, torch.distributions.HalfNormal | torch.distributions.HalfCauchy):
+        return ["scale"]
     names = [n for n in fn.arg_constraints if torch.is_tensor(fn.__dict__.get(n))]
     inner = getattr(fn, "_categorical", fn)
     if "logits" in fn.arg_constraints:
@@ -74,8 +76,8 @@ def quadrature(fn, points=4001):
         logit = nn.functional.logsigmoid
         return torch.sigmoid(t).clamp(1e-300, 1 - 1e-16).reshape(shape), step + logit(t) + logit(-t)
     if fn.support is dist.constraints.real:
-        values = torch.sinh(t * 0.25)
-        return values.reshape(shape), step + math.log(0.25) + torch.log(torch.cosh(t * 0.25))
+        values = torch.sinh(t * 0.5)  # so far out that the tails of a Cauchy variable are in
+        return values.reshape(shape), step + math.log(0.5) + torch.log(torch.cosh(t * 0.5))
     return torch.exp(t).reshape(shape), step + t  # positive support
 
 

@@ -61,7 +61,7 @@ NAMES = {
     ("fisher/memory.py", "numpyro_helmholtz"): {"Kept"},
     # And programs are run again under other handlers, where Pyro changes a trace it has.
     ("messengers.py", "numpyro_helmholtz"): {"Constants", "FlatDraws", "PythonFlow", "Reached"},
-    ("estimators/alws.py", "numpyro_helmholtz"): {"ModelAlone"},
+    ("estimators/sleep_phase.py", "numpyro_helmholtz"): {"ModelAlone"},
     ("estimators/particles.py", "numpyro_helmholtz"): {"Simulated"},
     ("estimators/reparameterised.py", "numpyro_helmholtz"): {"Reparameterised", "Shifted"},
     ("estimators/sleep_set.py", "numpyro_helmholtz"): {"Drawable"},

@@ -12,7 +12,6 @@ with the data's statistics S, their weights w (1/M each), and A a constant.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,49 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 
-from ..checks import Problem, Trace, blame_data, check_observations, check_sites
+from ..checks import Problem, Trace
 from ..gradient_models import DirectRegression, ParticleSimulator, make_gradient_model
-from ..kernels import spread
 from ..layout import Layout
-from ..messengers import Dreaming
 from ..options import check_counts
 from ..parameters import Params
 from ..regression import DEFAULT_RIDGE
 from ..sites import mutable_values
 from ..trace import Programs
 from .base import HelmholtzELBO, Pass
-from .held_out import HeldOut, held_out_dreams
-from .particles import Simulated, Simulation
-from .sleep_set import Drawable, SleepSet, check_dreams, sleep_set
+from .held_out import HeldOut, held_out_dreams, split_rows
+from .particles import Simulation
+from .sleep_phase import ModelAlone, SleepPhase, no_guide
+from .sleep_set import SleepSet, sleep_set
 
 Gamma = dict[str, Any]
-
-
-def no_guide(*args: Any, **kwargs: Any) -> None:
-    """The guide of a method that has none."""
-
-
-class ModelAlone(Programs):
-    """A model without a guide; see ``Runner`` for the options."""
-
-    def run(self, *args: Any, **kwargs: Any) -> Trace:
-        """As ``Runner.run``.
-
-        Raises:
-            ValueError: a site that cannot be drawn, naming it.
-        """
-        with Drawable():
-            return super().run(*args, **kwargs)
-
-    def check(self, guide: Trace, model: Trace) -> None:
-        """Refuse structure that cannot be trained.
-
-        Raises:
-            ValueError: naming the site.
-        """
-        check_sites(model, "model")
-        check_observations(model)
-        check_dreams(model)
 
 
 @partial(
@@ -154,24 +125,11 @@ class ALWS_ELBO(HelmholtzELBO):
         """The model with this estimator's options; the guide does not count."""
         return ModelAlone(model, no_guide, 1, self.max_plate_nesting, constrained=constrained)
 
-    # dreams
-
-    def dreams(
-        self,
-        programs: Programs,
-        rng_key: Array,
-        params: Params,
-        args: tuple,
-        kwargs: dict[str, Any],
-        mutable: Params | None = None,
-        samples: Params | None = None,
-    ) -> tuple[Trace, SleepSet, Layout]:
-        """Run the model once, with as many particles as ``num_sleep`` dreams take.
+    def dreams(self, phase: SleepPhase, params: Params) -> tuple[Trace, SleepSet, Layout]:
+        """Run the model once, with as many particles as the dreams take.
 
         Args:
-            programs: of ``programs``. rng_key: random key. params: by name.
-            args, kwargs: of the model. mutable: state of mutable sites.
-            samples: dreams to take instead of drawn ones, by site.
+            phase: the model on its arguments. params: by name.
 
         Returns:
             The trace, the dreams as matrices, and the plates.
@@ -179,40 +137,17 @@ class ALWS_ELBO(HelmholtzELBO):
         Raises:
             ValueError: a model that cannot dream, naming the site.
         """
-        with blame_data(args, kwargs):
-            nesting = programs.nesting(rng_key, params, args, kwargs, mutable=mutable)
-            run = partial(programs.run, programs.model, params=params, args=args, kwargs=kwargs)
-            total = self.num_sleep + self.held_out
-            many = copy.copy(programs)
-            if not isinstance(self.regression, ParticleSimulator):
-                many.num_particles = -(-total // _num_data(run, rng_key, mutable, nesting))
-            dreaming = Dreaming()
-            trace = many.run(
-                programs.model,
-                rng_key,
-                params,
-                args,
-                kwargs,
-                values=samples,
-                mutable=mutable,
-                particles=-1 - nesting,
-                dreaming=dreaming,
-            )
-        layout = Layout.of(trace, nesting)
-        condition = None if self.condition is None else self.condition(*args, **kwargs)
-        dreams = sleep_set(
-            trace, dreaming.observed, layout, families=self.families, condition=condition
-        )
+        simulated = isinstance(self.regression, ParticleSimulator)
+        count = None if simulated else self.num_sleep + self.held_out
+        trace, observed, layout = phase.dream(params, count)
+        condition = None
+        if self.condition is not None:
+            condition = self.condition(*phase.args, **phase.kwargs)
+        dreams = sleep_set(trace, observed, layout, families=self.families, condition=condition)
         return trace, dreams, layout
 
-    def split(self, total: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of the training and of the held-out dreams, both spread evenly."""
-        count = self.num_sleep + self.held_out
-        chosen = spread(count, total)
-        held = np.zeros(count, bool)
-        if self.held_out:
-            held[(2 * np.arange(self.held_out) + 1) * count // (2 * self.held_out)] = True
-        return chosen[~held], chosen[held]
+    def _split(self, total: int) -> tuple[np.ndarray, np.ndarray]:
+        return split_rows(total, self.num_sleep, self.held_out)
 
     # the regression
 
@@ -228,13 +163,14 @@ class ALWS_ELBO(HelmholtzELBO):
         """γ of the regression from a first sleep set, and what may be wrong with it.
 
         Args:
-            programs, rng_key, params, args, kwargs, mutable: see ``dreams``.
+            programs, rng_key, params, args, kwargs, mutable: see ``run``.
         """
         dream_key, own_key = random.split(rng_key)
-        _, dreams, _ = self.dreams(programs, dream_key, params, args, kwargs, mutable)
+        phase = SleepPhase(programs, dream_key, args, kwargs, mutable)
+        _, dreams, _ = self.dreams(phase, params)
         inputs = dreams.inputs
         if not isinstance(self.regression, ParticleSimulator):
-            inputs = inputs[self.split(len(inputs))[0]]
+            inputs = inputs[self._split(len(inputs))[0]]
         gamma = self._init(own_key, inputs)
         if isinstance(self.regression, ParticleSimulator):
             return gamma, dreams.problems
@@ -274,8 +210,10 @@ class ALWS_ELBO(HelmholtzELBO):
         """Dream, regress, and weigh the dreams' own terms.
 
         Args:
-            programs, rng_key, params, args, kwargs, mutable, samples: see ``dreams``.
+            programs: of ``programs``. rng_key: random key. params: by name.
+            args, kwargs: of the model. mutable: state of mutable sites.
             gamma: of the regression; None draws and measures it from these dreams.
+            samples: dreams to take instead of drawn ones, by site.
 
         Returns:
             The surrogate, whose gradient in ``params`` is the direction of ascent per datum,
@@ -284,13 +222,12 @@ class ALWS_ELBO(HelmholtzELBO):
         Raises:
             ValueError: a program or data that cannot be trained so, naming the site.
         """
-        trace, dreams, layout = self.dreams(
-            programs, rng_key, params, args, kwargs, mutable, samples
-        )
+        phase = SleepPhase(programs, rng_key, args, kwargs, mutable, samples)
+        trace, dreams, layout = self.dreams(phase, params)
         if isinstance(self.regression, ParticleSimulator):
-            call = self._simulation(programs, rng_key, args, kwargs, mutable, trace, dreams, layout)
-            return self._simulate(call, rng_key, params, gamma)
-        train, held = self.split(len(dreams.inputs))
+            call = Simulation(phase, self.regression, trace, dreams, layout)
+            return self._simulate(call, params, gamma)
+        train, held = self._split(len(dreams.inputs))
         inputs, held_inputs = dreams.inputs[train], dreams.inputs[held]
         if gamma is None:
             gamma = self._init(random.fold_in(rng_key, 1), inputs)
@@ -300,7 +237,7 @@ class ALWS_ELBO(HelmholtzELBO):
         num_data = len(dreams.targets)
         weights = solved[:, :num_data] * dreams.scale / layout.num_data
         if self.direct:
-            value = self._direct(programs, rng_key, params, args, kwargs, mutable, samples, weights)
+            value = self._direct(phase, params, weights)
         else:
             every = jnp.zeros((len(dreams.inputs), num_data), weights.dtype).at[train].set(weights)
             value = _objective(dreams, every)
@@ -320,46 +257,13 @@ class ALWS_ELBO(HelmholtzELBO):
         )
         return value, done
 
-    def _simulation(
-        self,
-        programs: Programs,
-        rng_key: Array,
-        args: tuple,
-        kwargs: dict[str, Any],
-        mutable: Params | None,
-        trace: Trace,
-        dreams: SleepSet,
-        layout: Layout,
-    ) -> Simulation:
-        """The model on the data or on dreams, with any number of particles."""
-
-        def run(params: Params, values: Params, particles: int, dreaming: bool) -> Trace:
-            many = copy.copy(programs)
-            many.num_particles = particles
-            simulated = Simulated(values) if dreaming else None
-            found = many.run(
-                programs.model,
-                rng_key,
-                params,
-                args,
-                kwargs,
-                values=values,
-                mutable=mutable,
-                particles=-layout.ndim,
-                dreaming=simulated,
-            )
-            return found if simulated is None else simulated.restore(found)
-
-        assert isinstance(self.regression, ParticleSimulator)
-        return Simulation(run, self.regression, trace, dreams, layout, dreams.observed)
-
     def _simulate(
-        self, call: Simulation, rng_key: Array, params: Params, gamma: Gamma | None
+        self, call: Simulation, params: Params, gamma: Gamma | None
     ) -> tuple[Array, Pass]:
         """The same with particles of a simulator and no regression (appendix B.1.2)."""
-        key = random.fold_in(rng_key, 2)
+        key = random.fold_in(call.phase.rng_key, 2)
         if gamma is None:
-            gamma = self._init(random.fold_in(rng_key, 1), call.dreams.inputs)
+            gamma = self._init(random.fold_in(call.phase.rng_key, 1), call.dreams.inputs)
         value, loss = call.wake(key, params, gamma["learned"])
         if self.log_prior is not None:
             prior = self._prior(call.dream)
@@ -407,22 +311,12 @@ class ALWS_ELBO(HelmholtzELBO):
         }
         return {n: lax.stop_gradient(jnp.asarray(v, coverage.dtype)) for n, v in found.items()}
 
-    def _direct(
-        self,
-        programs: Programs,
-        rng_key: Array,
-        params: Params,
-        args: tuple,
-        kwargs: dict[str, Any],
-        mutable: Params | None,
-        samples: Params | None,
-        weights: Array,
-    ) -> Array:
+    def _direct(self, phase: SleepPhase, params: Params, weights: Array) -> Array:
         """A surrogate whose gradient is ``Σ_n ᾱ_n ∇ log p(z_n, x_n)``, sample by sample."""
 
         def values(params: Params) -> Array:
-            _, dreams, _ = self.dreams(programs, rng_key, params, args, kwargs, mutable, samples)
-            return -dreams.psi[self.split(len(dreams.inputs))[0]]
+            _, dreams, _ = self.dreams(phase, params)
+            return -dreams.psi[self._split(len(dreams.inputs))[0]]
 
         frozen = lax.stop_gradient(params)
         found, pull = jax.vjp(values, frozen)
@@ -458,21 +352,6 @@ class ALWS_ELBO(HelmholtzELBO):
             "loss": done.loss - (value - lax.stop_gradient(value)),
             "mutable_state": done.mutable or None,
         }
-
-
-def _num_data(run: Callable, rng_key: Array, mutable: Params | None, nesting: int) -> int:
-    """The number of data that the model's plates separate, from its shapes alone."""
-    found = []
-
-    def look(rng_key: Array) -> None:
-        trace = run(rng_key=rng_key, mutable=mutable)
-        layout = Layout.of(trace, nesting)
-        site = next(s for s in trace.values() if s["type"] == "sample")
-        sizes = {f.dim: f.size for f in site["cond_indep_stack"]}
-        found.append(math.prod(sizes[dim] for dim in layout.shared))
-
-    jax.eval_shape(look, rng_key)
-    return found[0]
 
 
 def _objective(dreams: SleepSet, weights: Array) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ..kernels import spread
 from .sleep_set import SleepSet
 
 
@@ -38,6 +39,16 @@ class HeldOut:
         """The mean squared error of the weights (N, L), over the truth's variance."""
         squares = jnp.square((weights * self.parts).sum(0) - self.truth).mean()
         return squares / jnp.maximum(self.truth.var(), 1e-30)
+
+
+def split_rows(total: int, num_sleep: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the training and of the held-out dreams, both spread evenly over ``total``."""
+    count = num_sleep + held_out
+    chosen = spread(count, total)
+    held = np.zeros(count, bool)
+    if held_out:
+        held[(2 * np.arange(held_out) + 1) * count // (2 * held_out)] = True
+    return chosen[~held], chosen[held]
 
 
 def held_out_dreams(dreams: SleepSet, train: np.ndarray, held: np.ndarray) -> HeldOut:

@@ -6,7 +6,6 @@ particles, and it is trained so that this is the regression of ``∇_θ log p(z,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..layout import Layout
 from ..messengers import Dreaming
 from ..parameters import Params
 from ..sites import subsample_values
+from .sleep_phase import SleepPhase
 from .sleep_set import SleepSet, log_joint
 
 
@@ -54,17 +54,15 @@ class Simulation:
     """The calls of one update with a simulator.
 
     Attributes:
-        run: ``run(params, values, particles, dreaming) -> trace`` of the model, replaying
-            ``values``. simulator: of the latents. dream: a run of the model with one particle.
-        dreams: the same as matrices. layout: its plates. observed: the observed sites.
+        phase: the model. simulator: of the latents. dream: a run of the model with one particle.
+        dreams: the same as matrices. layout: its plates.
     """
 
-    run: Callable[[Params, Params, int, bool], Trace]
+    phase: SleepPhase
     simulator: ParticleSimulator
     dream: Trace
     dreams: SleepSet
     layout: Layout
-    observed: frozenset[str]
 
     def wake(self, rng_key: Array, params: Params, simulator: Params) -> tuple[Array, Array]:
         """The data under simulated latents.
@@ -79,7 +77,7 @@ class Simulation:
         values = self._latents(rng_key, self.dreams.targets, simulator)
         # The dream's subsample indices are used again, so that the data are the same.
         values = lax.stop_gradient(values) | subsample_values(self.dream)
-        joint, scale = log_joint(self.run(params, values, count, False), self.layout)
+        joint, scale = log_joint(self._replay(params, values, count), self.layout)
         total = (scale * joint.reshape(count, -1).mean(0)).sum()
         return total / self.layout.num_data, -lax.stop_gradient(total)
 
@@ -91,13 +89,14 @@ class Simulation:
         """
         count = self.simulator.num_particles
         params = lax.stop_gradient(params)
-        data = {name: self.dream[name]["value"] for name in self.observed}
+        data = {name: self.dream[name]["value"] for name in self.dreams.observed}
         data |= subsample_values(self.dream)
         latent = {name: self.dream[name]["value"] for name in self._names}
         simulated = self._latents(rng_key, self.dreams.inputs, simulator)
 
         def joint(params: Params, values: Params, particles: int) -> Array:
-            return log_joint(self.run(params, values, particles, True), self.layout)[0]
+            trace = self._replay(params, values, particles, Simulated(values))
+            return log_joint(trace, self.layout)[0]
 
         def halves(params: Params) -> Array:
             every = joint(params, data | simulated, count)
@@ -108,9 +107,15 @@ class Simulation:
         products = jax.tree.map(lambda g, t: ((g[0] - t) * (g[1] - t)).sum(), found, truth)
         return sum(jax.tree.leaves(products), jnp.zeros(())) / len(self.dreams.inputs)
 
+    def _replay(
+        self, params: Params, values: Params, particles: int, simulated: Simulated | None = None
+    ) -> Trace:
+        trace = self.phase.run(params, particles, self.layout.ndim - 1, values, simulated)
+        return trace if simulated is None else simulated.restore(trace)
+
     @property
     def _names(self) -> list[str]:
-        return [name for name in latents(self.dream) if name not in self.observed]
+        return [name for name in latents(self.dream) if name not in self.dreams.observed]
 
     def _latents(self, rng_key: Array, inputs: Array, simulator: Params) -> Params:
         """The simulator's draws, in the shapes of the model's sites.

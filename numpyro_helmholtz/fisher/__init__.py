@@ -1,3 +1,3 @@
 """The Fisher information of a program: families → evidence → blocks → memory → solve."""
 
-from . import closed_forms, counts  # noqa: F401  # register their rules
+from . import closed_forms, counts, location_scale  # noqa: F401  # register their rules

@@ -253,7 +253,7 @@ class UnitBlock:
         scales = self.unit_scales() if self.scales is None else self.scales
         if self.basis is not None:
             return self.basis, scales
-        return EigenBasis.of(self.mean_block() / mean_scale(scales)), scales
+        return EigenBasis.of(self.mean_block(), mean_scale(scales)), scales
 
     def _in_eigenbasis(self, g: Array, damping: Array | float) -> Solution:
         """Conjugate gradients with everything turned into the shared eigenbasis once."""

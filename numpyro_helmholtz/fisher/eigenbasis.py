@@ -33,10 +33,11 @@ class EigenBasis:
     vectors: Array
 
     @classmethod
-    def of(cls, mean_block: Array) -> EigenBasis:
-        """Of a symmetric mean block, (size, size)."""
-        values, vectors = jnp.linalg.eigh(mean_block, symmetrize_input=False)
-        return cls(jnp.maximum(values, 0), vectors)
+    def of(cls, block: Array, total: Array | float = 1.0) -> EigenBasis:
+        """Of a symmetric block, (size, size), over ``total``."""
+        # LAPACK reads columns: a symmetric matrix is the same by its rows, and is not turned.
+        values, vectors = jnp.linalg.eigh(block.T, symmetrize_input=False)
+        return cls(jnp.maximum(values, 0) / total, vectors)
 
     @property
     def size(self) -> int:
@@ -58,8 +59,8 @@ class EigenBasis:
             scales: (units,) or (units, d, d). damping: α > 0.
         """
         if scales.ndim == 1:
-            inverse = 1 / (damping + scales[:, None] * self.values)
-            return lambda g: g * inverse
+            diagonal = damping + scales[:, None] * self.values
+            return lambda g: g / diagonal
         inner, w = jnp.linalg.eigh(scales, symmetrize_input=False)
         inverse = 1 / (damping + jnp.maximum(inner, 0)[..., None] * self.values)
 
@@ -89,7 +90,7 @@ class EigenBasis:
             inside = self.inverse(turned.reshape(-1, self.size), apart, damping, slack)
             return (turn @ inside.reshape(turned.shape)).reshape(g.shape)
         low, high = self._band(scales.max(), damping, slack)
-        middle = (self.values[low] + self.values[high - 1]) / 2
+        middle = (_taken(self.values, low) + _taken(self.values, high - 1)) / 2
         rest = 1 / (damping + scales * middle)
         others = self.size - (high - low)
         width = max(SMALL // 2, -(-self.size // PARTS))
@@ -97,9 +98,9 @@ class EigenBasis:
 
         def change(part: Array | int) -> Array:
             place = part * width + jnp.arange(width)  # counted from the end of the band on
-            which = (high + place) % self.size
-            v = self.vectors[:, which]
-            apart = 1 / (damping + scales * self.values[which][:, None]) - rest
+            which = lax.rem(high + place, self.size)
+            v = _taken(self.vectors.T, which).T
+            apart = 1 / (damping + scales * _taken(self.values, which)[:, None]) - rest
             return v @ ((v.T @ columns) * jnp.where((place < others)[:, None], apart, 0))
 
         # One part nearly always serves: it is not in the loop, where it would be added by itself.
@@ -118,4 +119,9 @@ class EigenBasis:
         top = (room + (1 + slack) * self.values[starts]) / (1 - slack)
         ends = jnp.maximum((self.values <= top[:, None]).sum(1), starts + 1)
         best = (ends - starts).argmax()
-        return jnp.asarray(starts)[best], ends[best]
+        return _taken(jnp.asarray(starts), best), _taken(ends, best)
+
+
+def _taken(x: Array, which: Array) -> Array:
+    """``x[which]``, where nothing is outside of the array: no index has to be looked at."""
+    return x.at[which].get(mode="promise_in_bounds", wrap_negative_indices=False)

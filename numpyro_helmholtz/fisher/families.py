@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import lax
 from numpyro.distributions import kl_divergence
-from numpyro.distributions.transforms import ComposeTransform
+from numpyro.distributions.transforms import AbsTransform, ComposeTransform
 
 from .arguments import argument_names, arguments, event_dim, with_arguments
 from .registry import Array, Information, by_rule, has_rule
@@ -42,15 +42,16 @@ def unwrap(fn: Any) -> Base:
     """Take off Independent, masks, expansions and bijections.
 
     A fixed bijection changes neither the parameters nor their Fisher information. A transformed
-    distribution that has a rule of its own stays whole.
+    distribution stays whole if it has a rule of its own, or if values are lost (their sign).
     """
     transforms: list[Any] = []
     masks: list[Any] = []
     while True:
         if isinstance(fn, dist.TransformedDistribution) and not has_rule(fn):
-            for transform in fn.transforms:
-                composed = isinstance(transform, ComposeTransform)
-                transforms += transform.parts if composed else [transform]
+            parts = _parts(fn.transforms)
+            if any(isinstance(transform, AbsTransform) for transform in parts):
+                return Base(fn, transforms + parts, masks)
+            transforms += parts
             fn = fn.base_dist
         elif isinstance(fn, dist.MaskedDistribution):
             masks.append(fn._mask)
@@ -59,6 +60,13 @@ def unwrap(fn: Any) -> Base:
             fn = fn.base_dist
         else:
             return Base(fn, transforms, masks)
+
+
+def _parts(transforms: list[Any]) -> list[Any]:
+    parts: list[Any] = []
+    for transform in transforms:
+        parts += transform.parts if isinstance(transform, ComposeTransform) else [transform]
+    return parts
 
 
 def information(fn: Any, rng_key: Array | None = None) -> tuple[Information, bool, str]:

@@ -266,7 +266,8 @@ def _with_statistics(block: Block, kept: Kept, taken_in: Kept) -> Block:
     if known is None or not isinstance(block, UnitBlock):
         return block
     first, own = kept.batches == 0, taken_in.statistics[block.key]
-    diagonal = jnp.diagonal(own.mean) / mean_scale(own.scales)
+    # The diagonal as a strided slice: JAX's own gathers it.
+    diagonal = own.mean.reshape(-1)[:: len(own.mean) + 1] / mean_scale(own.scales)
     scales = jnp.where(first, own.scales, known.scales)
     basis = EigenBasis(jnp.where(first, diagonal, known.basis.values), known.basis.vectors)
     return replace(block, basis=basis, scales=scales)

@@ -33,7 +33,7 @@ class Statistics:
     def of(cls, block: UnitBlock) -> Statistics:
         """Statistics of a layer's first batch."""
         mean, scales = block.mean_block(), block.unit_scales()
-        return cls(mean, scales, EigenBasis.of(mean / mean_scale(scales)))
+        return cls(mean, scales, EigenBasis.of(mean, mean_scale(scales)))
 
     @classmethod
     def empty(cls, block: UnitBlock) -> Statistics:
@@ -62,20 +62,22 @@ def renewed(
     """
     count = batches + 1
 
-    def mixed(old: Array, new: Array, power: Array | int = 1) -> Array:
-        keep = jnp.minimum(decay, batches.astype(old.dtype) / count) ** power
+    keep = jnp.minimum(decay, batches.astype(float) / count)
+    keep_mean = keep ** jnp.where(count <= WARM_UP, 1, every)
+
+    def mixed(old: Array, new: Array, keep: Array) -> Array:
+        keep = keep.astype(old.dtype)
         return keep * old + (1 - keep) * new
 
-    power = jnp.where(count <= WARM_UP, 1, every)
-    scales = {b.key: mixed(known[b.key].scales, b.unit_scales()) for b in blocks}
+    scales = {b.key: mixed(known[b.key].scales, b.unit_scales(), keep) for b in blocks}
     means = branches.cond(
         (count <= WARM_UP) | (count % every == 0),
-        lambda: {b.key: mixed(known[b.key].mean, b.mean_block(), power) for b in blocks},
+        lambda: {b.key: mixed(known[b.key].mean, b.mean_block(), keep_mean) for b in blocks},
         {b.key: known[b.key].mean for b in blocks},
     )
 
     def bases(keys: list[str]) -> dict[str, EigenBasis]:
-        return {key: EigenBasis.of(means[key] / mean_scale(scales[key])) for key in keys}
+        return {key: EigenBasis.of(means[key], mean_scale(scales[key])) for key in keys}
 
     found: dict[str, EigenBasis] = {}
     intervals = {b.key: max(INTERVAL, b.fan_in * every // 16) for b in blocks}

@@ -23,18 +23,15 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..checks import blame_data, check_sites
 from ..gradient_models import DirectRegression, ParticleSimulator, make_gradient_model
-from ..kernels import spread
-from ..layout import Layout
-from ..messengers import Dreaming
 from ..options import check_counts
 from ..sites import parameters, stochastic_sites
 from ..trace import Dream, Programs
 from .base import HelmholtzELBO, Pass
-from .held_out import HeldOut, held_out_dreams
+from .held_out import HeldOut, held_out_dreams, split_rows
 from .particles import Simulation, rows_of_jacobian
-from .sleep_set import SleepSet, check_dreams, sleep_set
+from .sleep_phase import SleepPhase
+from .sleep_set import SleepSet, sleep_set
 
 POOR_COVERAGE = 0.5
 NOTHING_MEASURED: dict[str, Any] = {
@@ -46,10 +43,6 @@ NOTHING_MEASURED: dict[str, Any] = {
     "affine": False,
     "num_sleep": 0,
 }
-
-
-def no_guide(*args: Any, **kwargs: Any) -> None:
-    """The guide of a method that has none."""
 
 
 @dataclass
@@ -135,9 +128,10 @@ class ALWS_ELBO(HelmholtzELBO):
             ValueError: a program or data that cannot be trained so, naming the site.
             FloatingPointError: a regression whose weights are not finite.
         """
+        phase = SleepPhase(programs, args, kwargs)
         if isinstance(self.gradient_model, ParticleSimulator):
-            return self._particle_pass(programs, args, kwargs)
-        dream, observed = self.dreams(programs, args, kwargs)
+            return self._particle_pass(phase)
+        dream, observed = self.dreams(phase)
         trace, layout = dream.model, dream.layout
         done = SleepPass(torch.zeros(()), torch.zeros(()), None, dream)  # type: ignore[arg-type]
         leaves = done.leaves()
@@ -167,10 +161,10 @@ class ALWS_ELBO(HelmholtzELBO):
         done.loss, done.surrogate = loss, surrogate
         return done
 
-    def _particle_pass(self, programs: Programs, args: tuple, kwargs: dict[str, Any]) -> SleepPass:
+    def _particle_pass(self, phase: SleepPhase) -> SleepPass:
         """The same with particles of a simulator and no regression (appendix B.1.2)."""
-        dream, observed, _ = self._run(programs, args, kwargs, 1)
-        call = Simulation(programs, args, kwargs, self.gradient_model, self.condition)
+        dream, observed, _ = phase.dream(1)
+        call = Simulation(phase, self.gradient_model, self.condition)
         trace, value, loss = call.wake(dream, observed)
         if not parameters(trace) and torch.is_grad_enabled():
             raise ValueError("the model has no parameters to train.")
@@ -178,18 +172,16 @@ class ALWS_ELBO(HelmholtzELBO):
             prior = self._prior(trace)
             value, loss = value + prior / dream.layout.num_data, loss - prior.detach()
         self.diagnostics = dict(NOTHING_MEASURED)
-        wake = Dream(trace, poutine.Trace(), args, kwargs, dream.layout)
+        wake = Dream(trace, poutine.Trace(), phase.args, phase.kwargs, dream.layout)
         done = SleepPass(loss, value, None, wake)  # type: ignore[arg-type]
 
         def error() -> Tensor:
-            return call.error(self._run(programs, args, kwargs, 1)[0], list(observed))
+            return call.error(phase.dream(1)[0], list(observed))
 
         done.fitting_error = error
         return done
 
-    def dreams(
-        self, programs: Programs, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[Dream, dict[str, Any]]:
+    def dreams(self, phase: SleepPhase) -> tuple[Dream, dict[str, Any]]:
         """Run the model once, with as many particles as ``num_sleep`` dreams take.
 
         The number of particles follows from the number of data, which the run itself shows;
@@ -200,52 +192,24 @@ class ALWS_ELBO(HelmholtzELBO):
         """
         if self.num_data is None:
             with torch.no_grad():
-                self.num_data = self._run(programs, args, kwargs, 1)[2]
+                self.num_data = phase.dream(1)[2]
         particles = self._particles(self.num_data)
-        dream, observed, self.num_data = self._run(programs, args, kwargs, particles)
+        dream, observed, self.num_data = phase.dream(particles)
         if self._particles(self.num_data) != particles:
             particles = self._particles(self.num_data)
-            dream, observed, _ = self._run(programs, args, kwargs, particles)
+            dream, observed, _ = phase.dream(particles)
         return dream, observed
 
     def _particles(self, num_data: int) -> int:
         return -(-(self.num_sleep + self.held_out) // num_data)
 
-    def _run(
-        self, programs: Programs, args: tuple, kwargs: dict[str, Any], particles: int
-    ) -> tuple[Dream, dict[str, Any], int]:
-        dreaming = Dreaming()
-        programs.num_particles = particles
-        with blame_data(programs.model, args, kwargs):
-            nesting = programs.nesting(args, kwargs)
-            with programs.validation("dream"), programs.particles(nesting), dreaming:
-                trace = poutine.trace(programs.model).get_trace(*args, **kwargs)
-        check_sites(trace, "model")
-        check_dreams(trace, dreaming.observed)
-        programs.validated.add("dream")
-        sites = [site for _, site in stochastic_sites(trace)]
-        layout = Layout.of(sites, nesting)
-        sizes = {f.dim: f.size for f in sites[0]["cond_indep_stack"]}
-        num_data = math.prod(sizes[dim] for dim in layout.shared)
-        return Dream(trace, poutine.Trace(), args, kwargs, layout), dreaming.observed, num_data
-
-    def _split(self, total: int, device: Any) -> tuple[Tensor, Tensor]:
-        """The rows of the training and of the held-out dreams, both spread evenly."""
-        count = self.num_sleep + self.held_out
-        chosen = spread(count, total, device)
-        if not self.held_out:
-            return chosen, chosen[:0]
-        places = (2 * torch.arange(self.held_out, device=device) + 1) * count
-        held = torch.zeros(count, dtype=torch.bool, device=device)
-        held[places // (2 * self.held_out)] = True
-        return chosen[~held], chosen[held]
-
     @torch.no_grad()
     def _regress(self, dreams: SleepSet, report: dict) -> tuple[Tensor, list[HeldOut]]:
         """Weights (N, M) of all dreams, times the data's scale; zero for those not used."""
-        train, held = self._split(len(dreams.inputs), dreams.inputs.device)
-        inputs, num_data = dreams.inputs[train], len(dreams.targets)
-        targets = torch.cat([dreams.targets, dreams.inputs[held]])
+        every, num_data = dreams.inputs, len(dreams.targets)
+        train, held = split_rows(len(every), self.num_sleep, self.held_out, every.device)
+        inputs = every[train]
+        targets = torch.cat([dreams.targets, every[held]])
         if hasattr(self.regression, "prepare"):
             self.regression.prepare(inputs)
         if hasattr(self.regression, "solve"):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..kernels import spread
 from .sleep_set import SleepSet
 
 
@@ -29,6 +32,18 @@ class HeldOut:
         """The mean squared error of the weights (N, L), over the truth's variance."""
         squares = ((weights * self.parts).sum(0) - self.truth).square().mean()
         return squares / self.truth.var(unbiased=False).clamp(min=1e-30)
+
+
+def split_rows(total: int, num_sleep: int, held_out: int, device: Any) -> tuple[Tensor, Tensor]:
+    """The rows of the training and of the held-out dreams, both spread evenly over ``total``."""
+    count = num_sleep + held_out
+    chosen = spread(count, total, device)
+    if not held_out:
+        return chosen, chosen[:0]
+    places = (2 * torch.arange(held_out, device=device) + 1) * count
+    held = torch.zeros(count, dtype=torch.bool, device=device)
+    held[places // (2 * held_out)] = True
+    return chosen[~held], chosen[held]
 
 
 def held_out_dreams(dreams: SleepSet, train: Tensor, held: Tensor) -> HeldOut:

@@ -10,17 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..checks import PARTICLES, latents
+from ..checks import latents
 from ..gradient_models import ParticleSimulator
 from ..layout import Layout
-from ..messengers import Dreaming, record
 from ..sites import parameters
-from ..trace import Dream, Programs
+from ..trace import Dream
+from .sleep_phase import SleepPhase
 from .sleep_set import log_joint, sleep_set
 
 
@@ -29,13 +28,10 @@ class Simulation:
     """The calls of one update with a simulator.
 
     Attributes:
-        programs: the model. args, kwargs: its arguments. simulator: of the latents.
-        condition: see ``ALWS_ELBO``.
+        phase: the model. simulator: of the latents. condition: see ``ALWS_ELBO``.
     """
 
-    programs: Programs
-    args: tuple
-    kwargs: dict[str, Any]
+    phase: SleepPhase
     simulator: ParticleSimulator
     condition: Callable[..., Tensor] | None
 
@@ -88,7 +84,9 @@ class Simulation:
             )
         nodes: dict[str, Any] = dict(dream.model.nodes)
         data = {n: nodes[n]["value"] if v is None else v for n, v in observed.items()}
-        condition = None if self.condition is None else self.condition(*self.args, **self.kwargs)
+        condition = None
+        if self.condition is not None:
+            condition = self.condition(*self.phase.args, **self.phase.kwargs)
         with torch.no_grad():
             dreams = sleep_set(
                 dream.model, data, dream.layout, (), families=False, condition=condition
@@ -108,13 +106,8 @@ class Simulation:
         }
 
     def _replay(self, values: dict[str, Any], layout: Layout, *, dreaming: bool) -> poutine.Trace:
-        samples = poutine.Trace()
-        for name, value in values.items():
-            node = {"name": name, "type": "sample", "is_observed": False, "infer": {}}
-            samples.add_node(name, **{**node, "value": value})
-        fn = Dreaming()(self.programs.model) if dreaming else self.programs.model
-        with pyro.plate(PARTICLES, self.simulator.num_particles, dim=-layout.ndim):
-            return record(fn, self.args, self.kwargs, samples)
+        count = self.simulator.num_particles
+        return self.phase.replay(values, layout, count, dreaming=dreaming)
 
 
 def rows_of_jacobian(

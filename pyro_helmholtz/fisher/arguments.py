@@ -20,6 +20,8 @@ def argument_names(fn: Any) -> list[str]:
         return ["concentration1", "concentration0"]  # views of a Dirichlet's argument
     if isinstance(fn, dist.GammaPoisson):
         return ["concentration", "rate"]  # those of a Gamma
+    if isinstance(fn, torch.distributions.HalfNormal | torch.distributions.HalfCauchy):
+        return ["scale"]  # that of a whole distribution
     held = getattr(fn, "_categorical", fn).__dict__
     given = held.get("_param")
     names = []

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
-from torch.distributions.transforms import ComposeTransform, Transform
+from torch.distributions.transforms import AbsTransform, ComposeTransform, Transform
 
 from .arguments import argument_names, event_dim, with_arguments
 from .registry import Information, by_rule, has_rule
@@ -41,16 +41,16 @@ def unwrap(fn: Any) -> Base:
     """Take off Independent, masks, expansions and bijections.
 
     A fixed bijection changes neither the parameters nor their Fisher information. A transformed
-    distribution that has a rule of its own stays whole.
+    distribution stays whole if it has a rule of its own, or if values are lost (their sign).
     """
     transforms: list[Transform] = []
     masks: list[Any] = []
     while True:
         if isinstance(fn, torch.distributions.TransformedDistribution) and not has_rule(fn):
-            for transform in fn.transforms:
-                transforms += (
-                    transform.parts if isinstance(transform, ComposeTransform) else [transform]
-                )
+            parts = _parts(fn.transforms)
+            if any(isinstance(transform, AbsTransform) for transform in parts):
+                return Base(fn, transforms + parts, masks)
+            transforms += parts
             fn = fn.base_dist
         elif isinstance(fn, dist.torch_distribution.MaskedDistribution):
             masks.append(fn._mask)
@@ -65,6 +65,13 @@ def unwrap(fn: Any) -> Base:
             fn = fn.base_dist
         else:
             return Base(fn, transforms, masks)
+
+
+def _parts(transforms: list[Transform]) -> list[Transform]:
+    parts: list[Transform] = []
+    for transform in transforms:
+        parts += transform.parts if isinstance(transform, ComposeTransform) else [transform]
+    return parts
 
 
 def constant_transforms(transforms: list[Transform]) -> bool:

@@ -67,8 +67,9 @@ def quadrature(fn, points=4001):
         values = jnp.clip(jax.nn.sigmoid(t), 1e-300, 1 - 1e-16)
         return values.reshape(shape), step + jax.nn.log_sigmoid(t) + jax.nn.log_sigmoid(-t)
     if fn.support is dist.constraints.real:
-        log_cosh = jnp.log(jnp.cosh(t * 0.25))
-        return jnp.sinh(t * 0.25).reshape(shape), step + math.log(0.25) + log_cosh
+        # So far out that the tails of a Cauchy variable are in.
+        log_cosh = jnp.log(jnp.cosh(t * 0.5))
+        return jnp.sinh(t * 0.5).reshape(shape), step + math.log(0.5) + log_cosh
     return jnp.exp(t).reshape(shape), step + t  # positive support
 
 

@@ -14,7 +14,8 @@ import pytest
 from jax import lax, random
 
 import numpyro_helmholtz as nh
-from numpyro_helmholtz.estimators.alws import ALWS_ELBO, no_guide
+from numpyro_helmholtz.estimators.alws import ALWS_ELBO
+from numpyro_helmholtz.estimators.sleep_phase import no_guide
 
 KEY = random.key(3)
 RNG = np.random.default_rng(0)

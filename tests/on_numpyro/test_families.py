@@ -30,6 +30,13 @@ CASES = {
     "von mises": lambda: dist.VonMises(A, B),
     "gamma": lambda: dist.Gamma(1.0 + B, B),
     "beta": lambda: dist.Beta(1.0 + B, 1.5 + P),
+    "half-normal": lambda: dist.HalfNormal(B),
+    "cauchy": lambda: dist.Cauchy(A, B),
+    "half-cauchy": lambda: dist.HalfCauchy(B),
+    "logistic": lambda: dist.Logistic(A, B),
+    "gumbel": lambda: dist.Gumbel(A, B),
+    "weibull": lambda: dist.Weibull(B, 1.0 + P),
+    "student-t": lambda: dist.StudentT(3.0 + B, A, B),
 }
 
 
@@ -113,7 +120,7 @@ def test_score_route_is_near_and_inexact():
     error = jnp.abs(estimate - score_information(fn)) * B[:, None, None] ** 2
     # Standard errors at 512 samples: sqrt(2/512) = 0.06 and sqrt(56/512) = 0.33.
     assert float(error[..., 0, 0].max()) < 0.3 and float(error[..., 1, 1].max()) < 1.4
-    _, exact, how = families.information(dist.StudentT(B + 3, A, B))
+    _, exact, how = families.information(dist.SoftLaplace(A, B))
     assert not exact and "scores" in how
 
 
@@ -166,6 +173,16 @@ def test_concentrated_von_mises(kappa, dtype, error):
 def test_plain_numbers_as_arguments(fn, name):
     plain = families.information(fn(1))[0][name]
     close(plain, families.information(fn(jnp.ones(())))[0][name], 1e-12)
+
+
+def test_a_folded_variable_is_not_the_whole_one():
+    """Its sign is lost, and with it information; a half-normal's is that of its scale alone."""
+    folded = dist.FoldedDistribution(dist.Normal(A, B)).to_event(1)
+    assert type(families.unwrap(folded).fn) is dist.FoldedDistribution
+    assert families.information(families.unwrap(folded).fn)[0] == {}
+    info, exact, _ = families.information(families.unwrap(dist.HalfNormal(B).to_event(1)).fn)
+    close(info["scale"], 2 * B**-2, 1e-12)
+    assert exact
 
 
 def test_unwrapping_takes_off_every_wrapper():

@@ -238,6 +238,22 @@ PROGRAMS = {
         lambda h, w: dist.Exponential(jnp.exp(w.layer("a", h, 2))).to_event(1),
         "affine",
     ),
+    "half-normal": (
+        lambda h, w: dist.HalfNormal(jnp.exp(w.layer("a", h, 2))).to_event(1),
+        "affine",
+    ),
+    "student-t": (
+        lambda h, w: dist.StudentT(
+            2.5, w.layer("a", h, 2), jax.nn.softplus(w.layer("b", h, 2)) + 0.5
+        ).to_event(1),
+        "affine",
+    ),
+    "weibull": (
+        lambda h, w: dist.Weibull(
+            jnp.exp(w.layer("a", h, 2)), jax.nn.softplus(w.layer("b", h, 2)) + 0.5
+        ).to_event(1),
+        "affine",
+    ),
     "lognormal": (lambda h, w: dist.LogNormal(w.layer("a", h, 2), 0.7).to_event(1), "affine"),
     "transformed": (
         lambda h, w: dist.TransformedDistribution(
@@ -672,7 +688,7 @@ def test_expanded_scalars_inform_as_arrays_of_full_shape(family, wrapper):
 
 
 def test_score_route_is_reported_as_inexact():
-    model, guide, x = program(lambda h, w: dist.StudentT(3.0, w.layer("a", h, 2), 1.0).to_event(1))
+    model, guide, x = program(lambda h, w: dist.SoftLaplace(w.layer("a", h, 2), 1.0).to_event(1))
     svi = natural(model, guide)
     d = svi.directions(svi.init(KEY, x), x)
     (block,) = [b for b in d.fisher.blocks if "a.w" in b.params]

@@ -297,6 +297,21 @@ PROGRAMS = {
         linear(3, 2),
         "affine",
     ),
+    "half-normal": (
+        lambda h, m: dist.HalfNormal(torch.exp(m["a"](h))).to_event(1),
+        linear(3, 2),
+        "affine",
+    ),
+    "student-t": (
+        lambda h, m: dist.StudentT(2.5 * ONE, m["a"](h), F.softplus(m["b"](h)) + 0.5).to_event(1),
+        {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)},
+        "affine",
+    ),
+    "weibull": (
+        lambda h, m: dist.Weibull(torch.exp(m["a"](h)), F.softplus(m["b"](h)) + 0.5).to_event(1),
+        {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)},
+        "affine",
+    ),
     "lognormal": (
         lambda h, m: dist.LogNormal(m["a"](h), 0.7 * ONE).to_event(1),
         linear(3, 2),
@@ -610,7 +625,7 @@ def test_a_vector_that_shifts_inform_is_not_normalised_away():
 
 def test_score_route_is_reported_as_inexact():
     def site(h, m):
-        return dist.StudentT(3.0 * ONE, m["a"](h), ONE).to_event(1)
+        return dist.SoftLaplace(m["a"](h), ONE).to_event(1)
 
     model, guide, x = program(site, linear(3, 2))
     svi = natural(model, guide)

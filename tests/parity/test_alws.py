@@ -13,7 +13,7 @@ from jax import random
 
 import numpyro_helmholtz as nh
 import pyro_helmholtz as ph
-from numpyro_helmholtz.estimators.alws import no_guide
+from numpyro_helmholtz.estimators.sleep_phase import no_guide
 from numpyro_helmholtz.exponential_families import exponential_family as in_jax
 from pyro_helmholtz.exponential_families import exponential_family as in_torch
 
