@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .arguments import Arguments
 from .options import check_counts
+from .parameters import signature
 from .sites import subsample_values
 from .trace import Params, Programs
 
@@ -138,11 +139,11 @@ def log_likelihood(
     starts, take = in_batches(args, kwargs, batch)
     mutable = mutable_state or {}
     size = min(particles_at_once, num_particles)
-    if math.isinf(max_plate_nesting):
-        programs = Programs(model, guide, constrained=True)
-        programs.inspect(rng_key, args, kwargs, params, mutable)
-        max_plate_nesting = programs.max_plate_nesting
-    weigh = _weigher(hashable(model), hashable(guide), size, int(max_plate_nesting))
+    model, guide = hashable(model), hashable(guide)
+    nesting = max_plate_nesting
+    if math.isinf(nesting):
+        nesting = looked_at(rng_key, params, model, guide, args, kwargs, mutable)
+    weigh = _weigher(model, guide, size, int(nesting))
     results = []
     with tqdm(total=len(starts) * num_particles, unit="particle", disable=not progress) as bar:
         for start in starts:
@@ -213,6 +214,33 @@ def hashable(program: Callable) -> Callable:
     except TypeError:
         return functools.partial(program)
     return program
+
+
+def looked_at(
+    rng_key: Array,
+    params: Params,
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    mutable: Params,
+    max_plate_nesting: float = math.inf,
+) -> int:
+    """Refuse bad programs and data.
+
+    Returns:
+        The number of plate dimensions.
+    """
+    shapes = signature((params, mutable, Arguments.of((args, kwargs))))
+    programs = _looker(model, guide, max_plate_nesting, shapes)
+    programs.inspect(rng_key, args, kwargs, params, mutable)
+    return int(programs.max_plate_nesting)
+
+
+@functools.lru_cache(maxsize=32)
+def _looker(model: Callable, guide: Callable, nesting: float, shapes: tuple) -> Programs:
+    """The programs that look at arguments of these shapes, compiled by the first of them."""
+    return Programs(model, guide, max_plate_nesting=nesting, constrained=True)
 
 
 @functools.lru_cache(maxsize=32)

@@ -22,6 +22,7 @@ from .evaluation import (
     hashable,
     in_batches,
     log_likelihood,
+    looked_at,
 )
 from .messengers import Dreaming
 from .options import check_counts
@@ -128,10 +129,9 @@ def log_partition(
     check_counts(num_dreams=num_dreams, num_particles=num_particles)
     starts, take = in_batches(args, kwargs, batch)
     mutable = mutable_state or {}
-    first = Programs(model, guide, 1, max_plate_nesting, dream_args, constrained=True)
-    first.inspect(rng_key, args, kwargs, params, mutable)  # refuses bad programs and data
-    nesting = int(first.max_plate_nesting)
-    draw = _drawer(hashable(model), hashable(guide), num_particles, nesting, dream_args)
+    model, guide = hashable(model), hashable(guide)
+    nesting = looked_at(rng_key, params, model, guide, args, kwargs, mutable, max_plate_nesting)
+    draw = _drawer(model, guide, num_particles, nesting, dream_args)
     found = []
     with tqdm(total=len(starts) * num_dreams, unit="dream", disable=not progress) as bar:
         for start in starts:

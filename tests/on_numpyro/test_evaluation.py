@@ -9,7 +9,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from jax import random
+from jax import monitoring, random
 
 from numpyro_helmholtz import evaluation
 from numpyro_helmholtz.evaluation import log_likelihood
@@ -182,15 +182,28 @@ def test_batch_slices_every_array_as_long_as_the_first():
     assert seen == {(2, 2, 2, 4), (1, 1, 1, 4)}
 
 
-def test_a_second_call_compiles_nothing():
+@pytest.mark.parametrize("nesting", [1, math.inf])
+def test_a_second_call_compiles_nothing(nesting):
+    compiled = []
+
+    def count(name, duration, **rest):
+        compiled.append(name.endswith("backend_compile_duration"))
+
     evaluation._weigher.cache_clear()
-    for _ in range(2):
-        args = (KEY, SBN_.values, SBN_.model, SBN_.guide, patterns(3))
-        log_likelihood(*args, num_particles=25, particles_at_once=10, max_plate_nesting=1)
-    info = evaluation._weigher.cache_info()
-    assert (info.misses, info.hits) == (1, 1)
-    weigh = evaluation._weigher(SBN_.model, SBN_.guide, 10, 1)
-    assert weigh._cache_size() == 1
+    data = patterns(3), 1 - patterns(3)
+    options = {"num_particles": 25, "particles_at_once": 10, "max_plate_nesting": nesting}
+    counts = []
+    monitoring.register_event_duration_secs_listener(count)
+    try:
+        for x in data:
+            compiled.clear()
+            log_likelihood(KEY, SBN_.values, SBN_.model, SBN_.guide, x, **options)
+            counts.append(sum(compiled))
+    finally:
+        monitoring.unregister_event_duration_listener(count)
+    assert counts[0] > 0 and counts[1] == 0
+    with pytest.raises(ValueError, match="observed site 'x'.*NaN"):
+        log_likelihood(KEY, SBN_.values, SBN_.model, SBN_.guide, patterns(3) * math.nan)
 
 
 @pytest.mark.parametrize(
