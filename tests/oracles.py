@@ -24,6 +24,9 @@ def patterns(n):
 # families ------------------------------------------------------------------------------------
 
 
+WHOLE = (torch.distributions.Weibull, dist.ZeroInflatedPoisson)  # though they have a base
+
+
 def unwrapped(fn):
     """The innermost distribution and the masks on the way, each right-aligned to its batch."""
     masks = []
@@ -31,7 +34,7 @@ def unwrapped(fn):
         if isinstance(fn, dist.torch_distribution.MaskedDistribution):
             masks.append((torch.as_tensor(fn._mask), len(fn.batch_shape)))
             fn = fn.base_dist
-        elif hasattr(fn, "base_dist") and not isinstance(fn, torch.distributions.Weibull):
+        elif hasattr(fn, "base_dist") and not isinstance(fn, WHOLE):
             fn = fn.base_dist
         else:
             return fn, masks
@@ -43,6 +46,8 @@ def arguments(fn):
         return ["concentration1", "concentration0"]
     if isinstance(fn, torch.distributions.HalfNormal | torch.distributions.HalfCauchy):
         return ["scale"]
+    if isinstance(fn, dist.ZeroInflatedPoisson):
+        return [next(n for n in fn.__dict__ if n in ("gate", "gate_logits")), "rate"]
     names = [n for n in fn.arg_constraints if torch.is_tensor(fn.__dict__.get(n))]
     inner = getattr(fn, "_categorical", fn)
     if "logits" in fn.arg_constraints:
@@ -60,7 +65,7 @@ def quadrature(fn, points=4001):
     if fn.has_enumerate_support:
         values = fn.enumerate_support(expand=False)
         return values, torch.zeros(len(values), dtype=torch.float64)
-    if name in ("Poisson", "Geometric", "NegativeBinomial"):
+    if name in ("Poisson", "Geometric", "NegativeBinomial", "ZeroInflatedPoisson"):
         values = torch.arange(400, dtype=torch.float64)
         return values.reshape(shape), torch.zeros(400, dtype=torch.float64)
     if name == "VonMises":

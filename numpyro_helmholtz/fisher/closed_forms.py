@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import i0e, i1e, polygamma
 
 from .registry import Array, Information, register_fisher
@@ -139,6 +140,21 @@ def _beta(d: Any) -> Information:
 @register_fisher(dist.MultivariateNormal)
 def _multivariate_normal(d: Any) -> Information:
     return {"loc": d.precision_matrix}
+
+
+@register_fisher(dist.LowRankMultivariateNormal)
+def _low_rank_multivariate_normal(d: Any) -> Information:
+    """By the matrix inversion lemma; the host's own ``precision_matrix`` fails."""
+    over = jnp.swapaxes(d.cov_factor, -1, -2) / d.cov_diag[..., None, :]
+    root = solve_triangular(d._capacitance_tril, over, lower=True)
+    return {"loc": _diagonal(1 / d.cov_diag) - jnp.swapaxes(root, -1, -2) @ root}
+
+
+@register_fisher(dist.MultivariateStudentT)
+def _multivariate_student_t(d: Any) -> Information:
+    """``(ν+p) / (ν+p+2) Σ⁻¹`` of p variables (Lange, Little and Taylor 1989, appendix B)."""
+    count = jnp.asarray(d.df + d.event_shape[0])
+    return {"loc": (count / (count + 2))[..., None, None] * d.precision_matrix}
 
 
 def _diagonal(x: Array) -> Array:

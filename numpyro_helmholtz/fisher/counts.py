@@ -1,4 +1,7 @@
-"""The Fisher information of negative binomials, whose count or dispersion may be learned too."""
+"""The Fisher information of negative binomials and of zero-inflated Poisson variables.
+
+The count or dispersion of a negative binomial may be learned too.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +62,18 @@ def _gamma_poisson(d: Any) -> Information:
         return {"rate": alone}
     matrix = matrix_of([[_count_information(a, -jnp.log(b)), both], [both, alone]])
     return {("concentration", "rate"): matrix}
+
+
+@register_fisher(dist.ZeroInflatedPoisson)
+def _zero_inflated_poisson(d: Any) -> Information:
+    """With ``p₀ = π + (1−π) e^{-λ}``: ``(1−e^{-λ}) / (p₀ (1−π))`` of the gate π, for one."""
+    gate, rate = jnp.asarray(d.gate), jnp.asarray(d.rate)
+    open_, none = 1 - gate, jnp.exp(-rate)
+    zero = jnp.maximum(gate + open_ * none, tiny(gate))
+    of_gate = -jnp.expm1(-rate) / (zero * jnp.maximum(open_, tiny(gate)))
+    of_rate = open_ * (1 / rate - gate * none / zero)
+    both = -none / zero
+    return {("gate", "rate"): matrix_of([[of_gate, both], [both, of_rate]])}
 
 
 def _is_plain(x: Any) -> bool:

@@ -22,6 +22,9 @@ def argument_names(fn: Any) -> list[str]:
         return ["concentration", "rate"]  # those of a Gamma
     if isinstance(fn, torch.distributions.HalfNormal | torch.distributions.HalfCauchy):
         return ["scale"]  # that of a whole distribution
+    if isinstance(fn, dist.ZeroInflatedPoisson):
+        gate = next(name for name in fn.__dict__ if name in ("gate", "gate_logits"))  # as given
+        return [gate, "rate"]
     held = getattr(fn, "_categorical", fn).__dict__
     given = held.get("_param")
     names = []
@@ -47,11 +50,15 @@ def is_vector(fn: Any, name: str) -> bool:
     return event_dim(fn, name) == 1 or getattr(fn, name).ndim > len(fn.batch_shape)
 
 
-def inner_tensors(fn: Any) -> list[Tensor]:
-    """Tensors of the distributions that one was made with, such as a mixture's components."""
+def inner_tensors(fn: Any, *others: str) -> list[Tensor]:
+    """Tensors of the distributions that one was made with, such as a mixture's components.
+
+    Args:
+        fn: the distribution. others: further names under which it may hold such a one.
+    """
     held = fn.__dict__
     found: list[Tensor] = []
-    for name in _constructor_names(fn.__class__):
+    for name in dict.fromkeys((*_constructor_names(fn.__class__), *others)):
         for value in (held.get(name), held.get("_" + name)):
             if isinstance(value, torch.distributions.Distribution):
                 found += _all_tensors(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -116,8 +117,16 @@ def _beta(d: Any) -> Information:
 
 
 @register_fisher(torch.distributions.MultivariateNormal)
+@register_fisher(torch.distributions.LowRankMultivariateNormal)
 def _multivariate_normal(d: Any) -> Information:
     return {"loc": d.precision_matrix.detach()}
+
+
+@register_fisher(dist.MultivariateStudentT)
+def _multivariate_student_t(d: Any) -> Information:
+    """``(ν+p) / (ν+p+2) Σ⁻¹`` of p variables (Lange, Little and Taylor 1989, appendix B)."""
+    count = d.df.detach() + d.event_shape[0]
+    return {"loc": (count / (count + 2))[..., None, None] * d.precision_matrix.detach()}
 
 
 def matrix_of(rows: list[list[Tensor]]) -> Tensor:

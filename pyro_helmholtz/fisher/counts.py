@@ -1,4 +1,7 @@
-"""The Fisher information of negative binomials, whose count or dispersion may be learned too."""
+"""The Fisher information of negative binomials and of zero-inflated Poisson variables.
+
+The count or dispersion of a negative binomial may be learned too.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,20 @@ def _gamma_poisson(d: Any) -> Information:
         return {"rate": alone}
     matrix = matrix_of([[_count_information(a, -b.log()), both], [both, alone]])
     return {("concentration", "rate"): matrix}
+
+
+@register_fisher(dist.ZeroInflatedPoisson)
+def _zero_inflated_poisson(d: Any) -> Information:
+    """With ``p₀ = π + (1−π) e^{-λ}``: ``(1−e^{-λ}) / (p₀ (1−π))`` of the gate π, for one."""
+    name, rate = argument_names(d)[0], d.rate.detach()
+    gate = d.gate.detach()
+    open_, none = 1 - gate, torch.exp(-rate)
+    zero = floored(gate + open_ * none)
+    slope = gate * open_ if name == "gate_logits" else torch.ones_like(gate)
+    of_gate = -torch.expm1(-rate) / (zero * floored(open_)) * slope**2
+    of_rate = open_ * (1 / rate - gate * none / zero)
+    both = -none / zero * slope
+    return {(name, "rate"): matrix_of([[of_gate, both], [both, of_rate]])}
 
 
 def _count_information(count: Tensor, logits: Tensor) -> Tensor:

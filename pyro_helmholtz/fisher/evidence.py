@@ -21,6 +21,7 @@ from ..layout import Layout
 from ..sites import site_log_prob, stochastic_sites
 from .arguments import argument_names, event_dim, inner_tensors
 from .families import Base, constant_transforms, information, unwrap
+from .registry import has_rule
 
 
 @dataclass(slots=True)
@@ -78,7 +79,8 @@ def entries(
         base = unwrap(site["fn"])
         names = argument_names(base.fn)
         uses = {n: finder.use((program, name, n), _widened(base.fn, n)) for n in names}
-        inner = [value for value in inner_tensors(base.fn) if value.requires_grad]
+        others = () if has_rule(base.fn) else ("base_dist",)  # which a rule looks into itself
+        inner = [value for value in inner_tensors(base.fn, *others) if value.requires_grad]
         constant = not inner and constant_transforms(base.transforms)
         if constant and not any(use.names for use in uses.values()):
             continue
@@ -86,7 +88,9 @@ def entries(
         try:
             info, exact, how = information(base.fn, names)
         except NotImplementedError as error:
-            raise NotImplementedError(f"site {name!r} of the {program}: {error}") from error
+            if any(use.names for use in uses.values()):
+                raise NotImplementedError(f"site {name!r} of the {program}: {error}") from error
+            info, exact, how = {}, False, ""  # no parameter enters there
         except ValueError as error:
             raise ValueError(f"site {name!r} of the {program}: {error}") from error
         covered: set[str] = set()

@@ -29,7 +29,7 @@ KEY = random.key(7)
 def unwrapped(fn):
     """The innermost distribution and the masks on the way, each with its event dimensions."""
     masks = []
-    while hasattr(fn, "base_dist"):
+    while hasattr(fn, "base_dist") and not isinstance(fn, dist.ZeroInflatedPoisson):
         if isinstance(fn, dist.MaskedDistribution):
             masks.append((jnp.asarray(fn._mask), len(fn.event_shape)))
         fn = fn.base_dist
@@ -52,7 +52,7 @@ def quadrature(fn, points=4001):
     if fn.has_enumerate_support:
         values = fn.enumerate_support(expand=False)
         return values, jnp.zeros(len(values))
-    if name in ("Poisson", "GeometricLogits", "GeometricProbs"):
+    if name in ("Poisson", "GeometricLogits", "GeometricProbs", "ZeroInflatedPoisson"):
         return jnp.arange(400.0).reshape(shape), jnp.zeros(400)
     if name == "VonMises":
         values = jnp.linspace(-math.pi, math.pi, 513)[:-1]

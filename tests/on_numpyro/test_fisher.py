@@ -254,6 +254,12 @@ PROGRAMS = {
         ).to_event(1),
         "affine",
     ),
+    "zero-inflated poisson": (
+        lambda h, w: dist.ZeroInflatedPoisson(
+            jax.nn.sigmoid(w.layer("b", h, 2)), jnp.exp(w.layer("a", h, 2))
+        ).to_event(1),
+        "affine",
+    ),
     "lognormal": (lambda h, w: dist.LogNormal(w.layer("a", h, 2), 0.7).to_event(1), "affine"),
     "transformed": (
         lambda h, w: dist.TransformedDistribution(

@@ -44,6 +44,8 @@ CASES = {
     "gumbel": lambda: dist.Gumbel(A, B),
     "weibull": lambda: dist.Weibull(B, 1.0 + P),
     "student-t": lambda: dist.StudentT(3.0 + B, A, B),
+    "zero-inflated poisson": lambda: dist.ZeroInflatedPoisson(rate=B, gate=P),
+    "zero-inflated logits": lambda: dist.ZeroInflatedPoisson(B, gate_logits=A),
 }
 
 
@@ -93,6 +95,20 @@ def test_multivariate_normal_location():
     factor = torch.tril(torch.randn(3, 3, dtype=D)) + 3 * torch.eye(3, dtype=D)
     info, _, _ = families.information(dist.MultivariateNormal(A, scale_tril=factor))
     close(info["loc"], torch.linalg.inv(factor @ factor.t()), 1e-10)
+    info, _, _ = families.information(dist.LowRankMultivariateNormal(A, factor[:, :1], B))
+    close(info["loc"], torch.linalg.inv(factor[:, :1] @ factor[:, :1].t() + torch.diag(B)), 1e-10)
+
+
+def test_multivariate_student_t_location():
+    """The score ``(ν+p) Σ⁻¹ z / (ν + |z|²)`` is radial: one integral over the length."""
+    factor = torch.tril(torch.randn(3, 3, dtype=D)) + 3 * torch.eye(3, dtype=D)
+    fn = dist.MultivariateStudentT(torch.tensor(4.5, dtype=D), A, factor)
+    info, exact, _ = families.information(fn)
+    r = torch.linspace(-20, 60, 20_001, dtype=D).exp()
+    weight = r**3 * (1 + r**2 / 4.5) ** (-7.5 / 2)
+    share = (weight * (7.5 * r / (4.5 + r**2)) ** 2).sum() / weight.sum() / 3
+    close(info["loc"], share * torch.linalg.inv(factor @ factor.t()), 1e-9)
+    assert exact
 
 
 KL = ["bernoulli logits", "normal", "exponential", "gamma", "poisson", "gumbel", "cauchy"]
@@ -368,8 +384,9 @@ def test_a_support_that_moves_has_no_information_from_the_divergence():
     "make",
     [
         lambda o: dist.OrderedLogistic(o[..., 0], t(-1.0, 0.0, 1.0)),
-        lambda o: dist.ZeroInflatedPoisson(o[..., 0].exp(), gate_logits=o[..., 1]),
-        lambda o: dist.LowRankMultivariateNormal(o, torch.ones(2, 1, dtype=D), t(1.0, 1.0)),
+        lambda o: dist.ZeroInflatedNegativeBinomial(
+            t(3.0)[0], logits=o[..., 0], gate_logits=o[..., 1]
+        ),
     ],
 )
 def test_a_family_without_information_is_an_error_that_names_the_site(make):
@@ -393,6 +410,28 @@ def test_a_family_without_information_is_an_error_that_names_the_site(make):
         ph.NaturalRWS(model, guide, sleep_weight=0.0).step(x)
     assert torch.equal(layer.weight, before)
     ph.RWS(model, guide, sleep_weight=0.0).step(x)
+
+
+def test_a_base_without_information_is_reported_at_its_site():
+    """The gate is fixed; what is trained is inside of the distribution that it inflates."""
+    layer = nn.Linear(2, 2).double()
+    pyro.clear_param_store()
+
+    def model(x):
+        pyro.module("layer", layer)
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Bernoulli(logits=t(0.0, 0.0)).to_event(1))
+            logits = layer(h)[..., 0]
+            fn = dist.ZeroInflatedNegativeBinomial(t(3.0)[0], logits=logits, gate=P[0])
+            pyro.sample("x", fn, obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("h", dist.Bernoulli(logits=t(0.0, 0.0)).to_event(1))
+
+    svi = ph.NaturalRWS(model, guide, sleep_weight=0.0)
+    rows = svi.structure(t(0.0, 2.0, 1.0, 0.0))
+    assert {(row.site, row.solver) for row in rows} == {("x", "plain gradient")}
 
 
 def test_a_rule_for_other_arguments_than_the_distribution_has(rules):

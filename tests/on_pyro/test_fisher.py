@@ -312,6 +312,13 @@ PROGRAMS = {
         {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)},
         "affine",
     ),
+    "zero-inflated poisson": (
+        lambda h, m: dist.ZeroInflatedPoisson(torch.exp(m["a"](h)), gate_logits=m["b"](h)).to_event(
+            1
+        ),
+        {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)},
+        "affine",
+    ),
     "lognormal": (
         lambda h, m: dist.LogNormal(m["a"](h), 0.7 * ONE).to_event(1),
         linear(3, 2),
