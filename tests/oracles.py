@@ -42,7 +42,7 @@ def unwrapped(fn):
 
 def arguments(fn):
     """The names of the arguments that a distribution was made with."""
-    if isinstance(fn, torch.distributions.Beta):
+    if isinstance(fn, torch.distributions.Beta | dist.BetaBinomial):
         return ["concentration1", "concentration0"]
     if isinstance(fn, torch.distributions.HalfNormal | torch.distributions.HalfCauchy):
         return ["scale"]
@@ -91,15 +91,16 @@ def score_information(fn):
     names = arguments(fn)
     nodes, log_weights = quadrature(fn)
     batch, event = fn.batch_shape, fn.event_shape
-    count = len(log_weights)
+    size = len(log_weights)
     with torch.enable_grad():
         values = []
         for name in names:
             value = getattr(fn, name).detach()
-            full = (count, *batch, *value.shape[len(batch) :])
+            full = (size, *batch, *value.shape[len(batch) :])
             values.append(value.expand(full).clone().requires_grad_())
-        wide = type(fn)(**dict(zip(names, values, strict=True)), validate_args=False)
-        log_p = wide.log_prob(nodes.expand(count, *batch, *event))
+        count = {"total_count": fn.total_count} if type(fn) is dist.BetaBinomial else {}
+        wide = type(fn)(**dict(zip(names, values, strict=True)), **count, validate_args=False)
+        log_p = wide.log_prob(nodes.expand(size, *batch, *event))
         grads = torch.autograd.grad(log_p.sum(), values)
     vector = grads[0].ndim > log_p.ndim
     score = grads[0] if vector else torch.stack(grads, -1)

@@ -1,8 +1,8 @@
 """The Fisher information of any distribution in its own arguments.
 
 A distribution without a registered function gets its information by differentiating its
-Kullback-Leibler divergence from itself twice, which is exact; failing that, by Monte-Carlo
-scores, and the structure report says so.
+Kullback-Leibler divergence from itself twice, which is exact; failing that, from its scores at
+all values where these are few, else at samples, and the structure report says so.
 """
 
 from __future__ import annotations
@@ -95,14 +95,15 @@ def information(fn: Any, rng_key: Array | None = None) -> tuple[Information, boo
     except (NotImplementedError, TypeError, ValueError):
         pass
     try:
-        found = _from_scores(fn, names, rng_key)
+        found, exact = _from_scores(fn, names, rng_key)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise NotImplementedError(
             f"{type(fn).__name__} has no registered Fisher information, and it cannot be made "
             f"and sampled again from its arguments {names} ({error}). Give one by "
             "@register_fisher."
         ) from error
-    return _constant(found), False, f"Monte-Carlo scores ({SCORE_SAMPLES} samples)"
+    how = "sum over the support" if exact else f"Monte-Carlo scores ({SCORE_SAMPLES} samples)"
+    return _constant(found), exact, how
 
 
 def _constant(info: Information) -> Information:
@@ -154,21 +155,39 @@ def _from_kl(fn: Any, names: list[str]) -> Information:
     return _as_information(names, jnp.stack(columns, -1), vector)
 
 
-def _from_scores(fn: Any, names: list[str], rng_key: Array | None) -> Information:
-    """The mean outer product of the scores of samples."""
+def _from_scores(fn: Any, names: list[str], rng_key: Array | None) -> tuple[Information, bool]:
+    """The mean outer product of the scores: over a small support, which is exact, or samples."""
     vector = event_dim(fn, names[0]) == 1
     key = jax.random.PRNGKey(0) if rng_key is None else rng_key
     values = [lax.stop_gradient(v) for v in arguments(fn, names).values()]
     if not vector:
         values = jnp.broadcast_arrays(*values)
     fixed = with_arguments(fn, dict(zip(names, values, strict=True)))
-    samples = lax.stop_gradient(fixed.sample(key, (SCORE_SAMPLES,)))
-    wide = [jnp.broadcast_to(v, (SCORE_SAMPLES, *v.shape)) for v in values]
+    support = _support(fixed)
+    if support is None:
+        points = lax.stop_gradient(fixed.sample(key, (SCORE_SAMPLES,)))
+        weights = jnp.full((SCORE_SAMPLES, *fixed.batch_shape), 1 / SCORE_SAMPLES)
+    else:
+        points = jnp.broadcast_to(support, (len(support), *fixed.shape()))
+        weights = jnp.exp(fixed.log_prob(points))
+    wide = [jnp.broadcast_to(v, (len(points), *v.shape)) for v in values]
 
     def total(at: list[Array]) -> Array:
-        return with_arguments(fn, dict(zip(names, at, strict=True))).log_prob(samples).sum()
+        return with_arguments(fn, dict(zip(names, at, strict=True))).log_prob(points).sum()
 
     scores = jax.grad(total)(wide)
     score = scores[0] if vector else jnp.stack(scores, -1)
-    matrix = jnp.einsum("s...i,s...j->...ij", score, score) / SCORE_SAMPLES
-    return _as_information(names, matrix, vector)
+    score = jnp.where(weights[..., None] > 0, score, 0)
+    matrix = jnp.einsum("s...,s...i,s...j->...ij", weights.astype(score.dtype), score, score)
+    return _as_information(names, matrix, vector), support is not None
+
+
+def _support(fn: Any) -> Array | None:
+    """All values, where they are few and do not depend on the data: (n, 1, ..., event)."""
+    if not fn.has_enumerate_support:
+        return None
+    try:
+        support = fn.enumerate_support(expand=False)
+    except (NotImplementedError, TypeError):
+        return None
+    return support if len(support) <= SCORE_SAMPLES else None

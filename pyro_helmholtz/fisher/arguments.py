@@ -16,8 +16,10 @@ def argument_names(fn: Any) -> list[str]:
 
     Probabilities computed from logits (or the reverse) and kept are not among them.
     """
-    if isinstance(fn, torch.distributions.Beta):
+    if isinstance(fn, torch.distributions.Beta | dist.BetaBinomial):
         return ["concentration1", "concentration0"]  # views of a Dirichlet's argument
+    if isinstance(fn, dist.DirichletMultinomial):
+        return ["concentration"]  # that of a Dirichlet
     if isinstance(fn, dist.GammaPoisson):
         return ["concentration", "rate"]  # those of a Gamma
     if isinstance(fn, torch.distributions.HalfNormal | torch.distributions.HalfCauchy):

@@ -1,8 +1,8 @@
 """The Fisher information of any distribution in its own arguments.
 
 A distribution without a registered function gets its information by differentiating its
-Kullback-Leibler divergence from itself twice, which is exact; failing that, by Monte-Carlo
-scores, and the structure report says so.
+Kullback-Leibler divergence from itself twice, which is exact; failing that, from its scores at
+all values where these are few, else at samples, and the structure report says so.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def information(fn: Any, names: list[str] | None = None) -> tuple[Information, b
     except (NotImplementedError, TypeError, ValueError, RuntimeError):
         pass
     try:
-        found = _from_scores(fn, names)
+        found, exact = _from_scores(fn, names)
     except NotImplementedError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -114,7 +114,8 @@ def information(fn: Any, names: list[str] | None = None) -> tuple[Information, b
             f"{type(fn).__name__} has no registered Fisher information, and its scores cannot be "
             f"sampled by its arguments {names} ({error}). Give one by @register_fisher."
         ) from error
-    return found, False, f"Monte-Carlo scores ({SCORE_SAMPLES} samples)"
+    how = "sum over the support" if exact else f"Monte-Carlo scores ({SCORE_SAMPLES} samples)"
+    return found, exact, how
 
 
 def _check_elementwise(fn: Any, names: list[str]) -> None:
@@ -159,19 +160,39 @@ def _from_kl(fn: Any, names: list[str]) -> Information:
     return _as_information(names, matrix, vector)
 
 
-def _from_scores(fn: Any, names: list[str]) -> Information:
+def _from_scores(fn: Any, names: list[str]) -> tuple[Information, bool]:
+    """The mean outer product of the scores: over a small support, which is exact, or samples."""
     _check_elementwise(fn, names)
     vector = event_dim(fn, names[0]) == 1
-    shape = (SCORE_SAMPLES,)
+    support = _support(fn)
     with torch.no_grad():
-        samples = fn.sample(shape)
-    expanded = {
-        name: getattr(fn, name).detach().expand(shape + getattr(fn, name).shape) for name in names
-    }
-    values = [v.clone().requires_grad_() for v in expanded.values()]
+        if support is None:
+            points = fn.sample((SCORE_SAMPLES,))
+            shape = (SCORE_SAMPLES, *fn.batch_shape)
+            weights = torch.full(shape, 1 / SCORE_SAMPLES, device=points.device)
+        else:
+            points = support.expand(len(support), *fn.batch_shape, *fn.event_shape)
+            weights = fn.log_prob(points).exp()
+    values = [
+        getattr(fn, name).detach().expand(len(points), *getattr(fn, name).shape).clone()
+        for name in names
+    ]
+    values = [v.requires_grad_() for v in values]
     with torch.enable_grad():
         wide = with_arguments(fn, dict(zip(names, values, strict=True)))
-        scores = torch.autograd.grad(wide.log_prob(samples).sum(), values)
+        scores = torch.autograd.grad(wide.log_prob(points).sum(), values)
     score = scores[0] if vector else torch.stack(torch.broadcast_tensors(*scores), -1)
-    matrix = torch.einsum("s...i,s...j->...ij", score, score) / SCORE_SAMPLES
-    return _as_information(names, matrix.detach(), vector)
+    score = torch.where(weights[..., None] > 0, score, torch.zeros_like(score))
+    matrix = torch.einsum("s...,s...i,s...j->...ij", weights.to(score), score, score)
+    return _as_information(names, matrix.detach(), vector), support is not None
+
+
+def _support(fn: Any) -> Tensor | None:
+    """All values, where they are few: (n, 1, ..., event)."""
+    if not fn.has_enumerate_support:
+        return None
+    try:
+        support = fn.enumerate_support(expand=False)
+    except NotImplementedError:
+        return None
+    return support if len(support) <= SCORE_SAMPLES else None

@@ -89,7 +89,8 @@ def score_information(fn):
     nodes = jnp.broadcast_to(nodes, (count, *batch, *fn.event_shape))
 
     def log_prob(values):
-        made = type(fn)(**dict(zip(names, values, strict=True)), validate_args=False)
+        total = {"total_count": fn.total_count} if type(fn) is dist.BetaBinomial else {}
+        made = type(fn)(**dict(zip(names, values, strict=True)), **total, validate_args=False)
         return made.log_prob(nodes)
 
     log_p = log_prob(values)

@@ -131,12 +131,31 @@ def test_kl_route_of_a_dirichlet():
 
 def test_score_route_is_near_and_inexact():
     fn = dist.Normal(A, B)
-    estimate = families._from_scores(fn, ["loc", "scale"], KEY)["loc", "scale"]
+    found, exact = families._from_scores(fn, ["loc", "scale"], KEY)
+    estimate = found["loc", "scale"]
+    assert not exact
     error = jnp.abs(estimate - score_information(fn)) * B[:, None, None] ** 2
     # Standard errors at 512 samples: sqrt(2/512) = 0.06 and sqrt(56/512) = 0.33.
     assert float(error[..., 0, 0].max()) < 0.3 and float(error[..., 1, 1].max()) < 1.4
     _, exact, how = families.information(dist.SoftLaplace(A, B))
     assert not exact and "scores" in how
+
+
+def test_few_values_are_summed_and_many_are_sampled():
+    fn = dist.BetaBinomial(B, 1 + P, 7)
+    matrix, exact, how = assembled(fn)
+    assert exact and how == "sum over the support"
+    close(matrix, score_information(fn), 1e-6)  # JAX's logarithm of beta is good to six digits
+    for count in (600, jnp.array([7, 8, 9])):
+        _, exact, how = families.information(dist.BetaBinomial(B, 1 + P, count), KEY)
+        assert not exact and "scores" in how
+
+    def site(h, w):
+        return dist.BetaBinomial(jnp.exp(w.layer("a", h, 2)), 2.0, 5).to_event(1)
+
+    model, guide, x = program(site)
+    (row,) = [r for r in natural(model, guide).structure(KEY, x) if r.site == "x"]
+    assert row.exact and row.note == "sum over the support"
 
 
 @pytest.mark.parametrize("value", [-40.0, 40.0, 700.0])

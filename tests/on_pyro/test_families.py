@@ -135,11 +135,30 @@ def test_kl_route_of_a_dirichlet():
 def test_score_route_is_near_and_inexact():
     pyro.set_rng_seed(0)
     fn = dist.Normal(A, B)
-    estimate = families._from_scores(fn, ["loc", "scale"])["loc", "scale"]
+    found, exact = families._from_scores(fn, ["loc", "scale"])
+    estimate = found["loc", "scale"]
+    assert not exact
     error = (estimate - score_information(fn)).abs() * B[:, None, None] ** 2
     # Standard errors at 512 samples: sqrt(2/512) = 0.06 and sqrt(56/512) = 0.33.
     assert float(error[..., 0, 0].max()) < 0.3 and float(error[..., 1, 1].max()) < 1.4
     _, exact, how = families.information(dist.SoftLaplace(A, B))
+    assert not exact and "scores" in how
+
+
+def test_few_values_are_summed_and_many_are_sampled():
+    fn = dist.BetaBinomial(B, 1 + P, t(7.0)[0])
+    matrix, exact, how = assembled(fn)
+    assert exact and how == "sum over the support"
+    close(matrix, score_information(fn), 1e-12)
+    for count in (t(600.0)[0], t(7.0, 8.0, 9.0)):
+        _, exact, how = families.information(dist.BetaBinomial(B, 1 + P, count))
+        assert not exact and "scores" in how
+
+
+def test_a_dirichlet_multinomial_has_scores():
+    concentration = torch.stack([B, 1 + B])
+    info, exact, how = families.information(dist.DirichletMultinomial(concentration, 9))
+    assert info["concentration"].shape == (2, 3, 3)
     assert not exact and "scores" in how
 
 

@@ -312,6 +312,13 @@ PROGRAMS = {
         {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)},
         "affine",
     ),
+    "beta-binomial": (
+        lambda h, m: dist.BetaBinomial(
+            torch.exp(m["a"](h)), torch.exp(m["b"](h)), 5.0 * ONE
+        ).to_event(1),
+        {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)},
+        "affine",
+    ),
     "zero-inflated poisson": (
         lambda h, m: dist.ZeroInflatedPoisson(torch.exp(m["a"](h)), gate_logits=m["b"](h)).to_event(
             1
