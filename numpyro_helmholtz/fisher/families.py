@@ -188,6 +188,6 @@ def _support(fn: Any) -> Array | None:
         return None
     try:
         support = fn.enumerate_support(expand=False)
-    except (NotImplementedError, TypeError):
+    except (NotImplementedError, TypeError):  # unlike counts, or known only when it runs
         return None
     return support if len(support) <= SCORE_SAMPLES else None

@@ -193,6 +193,6 @@ def _support(fn: Any) -> Tensor | None:
         return None
     try:
         support = fn.enumerate_support(expand=False)
-    except NotImplementedError:
+    except NotImplementedError:  # unlike counts
         return None
     return support if len(support) <= SCORE_SAMPLES else None
