@@ -18,6 +18,8 @@ Operator = Callable[[Array], Array]
 CHOLESKY_SIZE = 8
 LARGE = 1 << 21  # from so many products on, rows of negligible weight are left out
 FEW = 2  # rows are few below so many for each feature: a product is cheaper in their space
+FAST = 0.5  # a solve that leaves less of its error in an iteration may end with a last step
+MARGIN = 1.25  # the last step may leave so much more of the error than an iteration
 
 
 class Solution(NamedTuple):
@@ -26,7 +28,7 @@ class Solution(NamedTuple):
     Attributes:
         x: (units, size). iterations: of conjugate gradients, 0 for a direct solve.
         error: relative residual, in the preconditioner's norm; in the space of the samples a
-            bound on the relative error of x.
+            bound on the relative error of x. After a last step: what it is expected to leave.
     """
 
     x: Array
@@ -55,6 +57,8 @@ def conjugate_gradients(
 ) -> Solution:
     """Preconditioned conjugate gradients over all units at once, started from zero.
 
+    A solve that goes fast ends with a last step, see ``_gain``.
+
     Args:
         matvec: F, on (units, size). g: (units, size). damping: α > 0.
         precondition: an approximate inverse of αI + F.
@@ -67,12 +71,15 @@ def conjugate_gradients(
     def inner(a: Array, b: Array) -> Array:
         return (a * b).sum(-1, keepdims=True)
 
+    def relative(lengths: Array) -> Array:
+        return jnp.sqrt(lengths[0] / total)
+
     def go_on(state: tuple) -> Array:
-        *_, error, done = state
-        return (error > tolerance) & (done < max_iterations)
+        *_, lengths, done = state
+        return (relative(lengths) * _gain(lengths) > tolerance) & (done < max_iterations)
 
     def iterate(state: tuple) -> tuple:
-        x, r, p, rz, _, done = state
+        x, r, p, rz, _, lengths, done = state
         product = matvec(p) + damping * p
         curvature = inner(p, product)
         flat = curvature <= 0  # not true of NaN, which must show
@@ -81,16 +88,45 @@ def conjugate_gradients(
         z = precondition(r)
         new = inner(r, z)
         ratio = jnp.where(rz > 0, new / jnp.where(rz > 0, rz, 1), 0)
-        error = jnp.sqrt(jnp.maximum(new.sum() / total, 0))
-        return x, r, z + ratio * p, new, error, done + 1
+        return x, r, z + ratio * p, new, step, _onto(lengths, new), done + 1
 
     r = (1 + damping) * g
     z = precondition(r)
     rz = inner(r, z)
     total = jnp.maximum(rz.sum(), jnp.finfo(g.dtype).tiny)
-    start = (jnp.zeros_like(g), r, z, rz, jnp.ones((), g.dtype), jnp.zeros((), int))
-    x, *_, error, done = lax.while_loop(go_on, iterate, start)
-    return Solution(x, done, error)
+    start = (jnp.zeros_like(g), r, z, rz, jnp.zeros_like(rz), jnp.full(3, total))
+    state = lax.while_loop(go_on, iterate, (*start, jnp.zeros((), int)))
+    x, _, p, _, step, lengths, done = state
+    last, error = _last(step, relative(lengths), lengths, tolerance)
+    return Solution(x + last * p, done, error)
+
+
+def _onto(lengths: Array, new: Array) -> Array:
+    """Lengths ``rᵀz`` of residuals, all units together, with that of a new one in front."""
+    length = jnp.maximum(new.sum(), jnp.finfo(new.dtype).tiny)
+    return jnp.concatenate([length[None], lengths[:2]])
+
+
+def _gain(lengths: Array) -> Array:
+    """What a last step is expected to leave of the error.
+
+    An iteration needs its product for the length of its step. Where a solve goes fast, the
+    lengths vary little. So a last step along the next direction, as long as the one before,
+    needs no product and serves nearly as well as an iteration. It is not verified: the error
+    is expected to fall as in the slower one of the last two iterations, and a quarter less.
+
+    Args:
+        lengths: of the residuals of the last three iterations, the last one first.
+    """
+    slow = jnp.sqrt(jnp.maximum(lengths[0] / lengths[1], lengths[1] / lengths[2]))
+    return jnp.where(slow < FAST, MARGIN * slow, 1)
+
+
+def _last(step: Array, error: Array, lengths: Array, tolerance: float) -> tuple[Array, Array]:
+    """The length of a last step, zero where there is none, and the error after it."""
+    left = error * _gain(lengths)
+    taken = (error > tolerance) & (left <= tolerance)
+    return jnp.where(taken, step, 0), jnp.where(taken, left, error)
 
 
 def in_sample_space(
@@ -106,11 +142,11 @@ def in_sample_space(
     The solution is ``x_j = (1+α)/α (g_j − Uᵀ w_j)``, where ``(α Q_j⁻¹ + G) w_j = U g_j`` with
     ``G = UUᵀ``; rows without weight do no harm. G serves all units, so that a step of conjugate
     gradients costs units·n² instead of units·n·fan-in. The solve stops by a bound on the error
-    of x (see ``_Near.bound``).
+    of x (see ``_Near.bound``), with a last step where it goes fast (see ``_gain``).
 
     Args:
         features: U, (n, fan-in). coefficients: Q, (n, units), not negative. g: (units, fan-in).
-        damping: α > 0. tolerance: bound on ``‖x − x*‖ / ‖x‖`` over all units together.
+        damping: α > 0. tolerance: of ``‖x − x*‖ / ‖x‖`` over all units together.
         max_iterations: at most so many products.
     """
     tiny = jnp.finfo(g.dtype).tiny
@@ -120,18 +156,18 @@ def in_sample_space(
     square = (columns * columns).sum(0).sum()  # in two stages: XLA is slow at both in one
 
     def go_on(state: tuple) -> Array:
-        *_, error, done = state
-        return (error > tolerance) & (done < max_iterations)
+        *_, lengths, error, done = state
+        return (error * _gain(lengths) > tolerance) & (done < max_iterations)
 
     def iterate(state: tuple) -> tuple:
-        w, r, p, along, ratio, rz, overlap, _, done = state
+        w, r, p, along, ratio, rz, overlap, _, lengths, _, done = state
         p = near.inverse(r, along) + ratio * p
         product = gram @ p + near.own * p
         step = rz / jnp.maximum((p * product).sum(0), tiny)
         w, r = w + step * p, r - step * product
         along, new = near.lengths(r)
         overlap, done = overlap + (step * rz).sum(), done + 1
-        left = square - overlap
+        left, lengths = square - overlap, _onto(lengths, new)
 
         def bound() -> Array:
             # ‖g − Uᵀw‖² = ‖g‖² − wᵀUg − wᵀ(αQ⁻¹)w, since wᵀr = 0
@@ -139,15 +175,21 @@ def in_sample_space(
             return jnp.sqrt(near.bound(r, along) / jnp.maximum(length, tiny))
 
         # The bound is at least √(rᵀz)/2, over a length of at most √left: most often not needed.
-        far = (new.sum() > 4 * tolerance**2 * left) & (done < max_iterations)
+        least = _gain(lengths) ** 2 * lengths[0]
+        far = (least > 4 * tolerance**2 * left) & (done < max_iterations)
         error = lax.cond(far, lambda: jnp.full((), jnp.inf, g.dtype), bound)
-        return w, r, p, along, new / jnp.maximum(rz, tiny), new, overlap, error, done
+        ratio = new / jnp.maximum(rz, tiny)
+        return w, r, p, along, ratio, new, overlap, step, lengths, error, done
 
     r = features @ columns
     along, rz = near.lengths(r)
-    zeros, zero = jnp.zeros_like(r), jnp.zeros((), g.dtype)
-    start = (zeros, r, zeros, along, jnp.zeros_like(rz), rz, zero, zero + 1, jnp.zeros((), int))
-    w, *_, error, done = lax.while_loop(go_on, iterate, start)
+    zeros, none, zero = jnp.zeros_like(r), jnp.zeros_like(rz), jnp.zeros((), g.dtype)
+    lengths = jnp.full(3, jnp.maximum(rz.sum(), tiny))
+    start = (zeros, r, zeros, along, none, rz, zero, none, lengths, zero + 1)
+    state = lax.while_loop(go_on, iterate, (*start, jnp.zeros((), int)))
+    w, r, p, along, ratio, _, _, step, lengths, error, done = state
+    last, error = _last(step, error, lengths, tolerance)
+    w = w + last * (near.inverse(r, along) + ratio * p)
     x = (1 + damping) / damping * (columns - features.T @ w)
     return Solution(x.T, done, error)
 
