@@ -24,7 +24,7 @@ from .assemble import Block
 from .blocks import UnitBlock, mean_scale
 from .eigenbasis import EigenBasis
 from .matrix_free import MatrixFreeBlock
-from .statistics import Statistics, renewed
+from .statistics import INTERVAL, RARELY, Statistics, renewed
 
 Array = Any
 FORMS = ("unit", "diagonal", "kronecker")
@@ -163,7 +163,10 @@ class Memory:
         # Of exact blocks those have statistics that have many rows: a larger batch has more.
         statistics = {b.key: known.get(b.key) or Statistics.of(b) for b in layers}
         if self._running:
-            statistics = renewed(statistics, layers, kept.batches, self.decay, self.mean_every)
+            least = RARELY if self.form == "unit" else INTERVAL
+            statistics = renewed(
+                statistics, layers, kept.batches, self.decay, self.mean_every, least
+            )
         return with_absent(Kept(kept.batches + 1, held, statistics), kept)
 
     def _full_ring(self, x: Array) -> Array:

@@ -14,6 +14,7 @@ from .eigenbasis import EigenBasis
 
 WARM_UP = 16  # batches that the mean blocks take in each
 INTERVAL = 32  # batches at least from one eigenbasis to the next
+RARELY = 128  # the same where it is but a preconditioner: it may be older
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["mean", "scales", "basis"], meta_fields=[])
@@ -49,6 +50,7 @@ def renewed(
     batches: Array,
     decay: float,
     every: int,
+    least: int = INTERVAL,
 ) -> dict[str, Statistics]:
     """Take in a batch; the means and their eigenbases are renewed on a schedule.
 
@@ -59,6 +61,7 @@ def renewed(
         known: of the blocks, by key. blocks: the batch's.
         batches: how many batches came before. decay: of the means. every: the mean blocks,
             dearer than the scales, take in every so many batches, at that many times the weight.
+        least: batches at least from one eigenbasis to the next.
     """
     count = batches + 1
 
@@ -80,7 +83,7 @@ def renewed(
         return {key: EigenBasis.of(means[key], mean_scale(scales[key])) for key in keys}
 
     found: dict[str, EigenBasis] = {}
-    intervals = {b.key: max(INTERVAL, b.fan_in * every // 16) for b in blocks}
+    intervals = {b.key: max(least, b.fan_in * every // 16) for b in blocks}
     for interval in sorted(set(intervals.values())):
         group = {key: known[key].basis for key, own in intervals.items() if own == interval}
         found |= branches.cond(_due(count, interval), partial(bases, list(group)), group)

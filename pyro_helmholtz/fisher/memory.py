@@ -20,7 +20,7 @@ from . import eigenbasis
 from .blocks import Block, Part, UnitBlock, mean_scale
 from .eigenbasis import EigenBasis
 from .matrix_free import MatrixFreeBlock
-from .statistics import Statistics
+from .statistics import INTERVAL, RARELY, Statistics
 
 FORMS = ("unit", "diagonal", "kronecker")
 SAMPLES = ("lagged", "average", "same", "dream")
@@ -130,7 +130,8 @@ class Memory:
         known = self.statistics.get(block.key)
         fresh = self.form == "kronecker" and self.samples != "average"
         if known is None or fresh or known.fan_in != block.fan_in:
-            self.statistics[block.key] = Statistics.of(block, self.mean_every)
+            least = RARELY if self.form == "unit" else INTERVAL
+            self.statistics[block.key] = Statistics.of(block, self.mean_every, least)
         else:
             known.update(block, self.decay)
 

@@ -13,6 +13,7 @@ from .eigenbasis import EigenBasis, symmetric_eigenvectors
 
 WARM_UP = 16  # batches that the mean blocks take in each
 INTERVAL = 32  # batches at least from one eigenbasis to the next
+RARELY = 128  # the same where it is but a preconditioner: it may be older
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Statistics:
         mean: (fan-in, fan-in), or its factor (rank, fan-in) with ``meanᵀmean`` the block.
         scales: as ``UnitBlock.unit_scales``. basis: of the mean.
         updates: how many batches came. every: the mean block, dearer than the scales, takes in
-            every so many of them.
+            every so many of them. least: batches at least from one eigenbasis to the next.
     """
 
     mean: Tensor
@@ -34,13 +35,14 @@ class Statistics:
     basis: EigenBasis
     updates: int = 1
     every: int = 1
+    least: int = INTERVAL
 
     @classmethod
-    def of(cls, block: UnitBlock, every: int = 1) -> Statistics:
+    def of(cls, block: UnitBlock, every: int = 1, least: int = INTERVAL) -> Statistics:
         """Statistics of a layer's first batch."""
         scales = block.unit_scales()
         mean = compressed(block.root()) if block.fan_in > eigenbasis.WIDE else block.mean_block()
-        return cls(mean, scales, _basis(mean, scales), every=every)
+        return cls(mean, scales, _basis(mean, scales), every=every, least=least)
 
     @property
     def fan_in(self) -> int:
@@ -74,7 +76,7 @@ class Statistics:
 
     def _due(self) -> bool:
         """After 1, 2, 4, … batches, then every so often: the wider the layer, the rarer."""
-        interval = max(INTERVAL, min(self.mean.shape) * self.every // 16)
+        interval = max(self.least, min(self.mean.shape) * self.every // 16)
         if self.updates < interval:
             return self.updates & (self.updates - 1) == 0
         return self.updates % interval == 0

@@ -16,6 +16,7 @@ import numpyro_helmholtz as nh
 import numpyro_helmholtz.natural
 from numpyro_helmholtz.columns import Columns
 from numpyro_helmholtz.fisher.blocks import Component, UnitBlock
+from numpyro_helmholtz.fisher.memory import Memory
 from numpyro_helmholtz.fisher.statistics import Statistics, renewed
 from numpyro_helmholtz.parameters import parameters
 
@@ -355,6 +356,27 @@ def test_later_batches_weigh_as_much_as_the_first(every):
     mean = known[first.key].mean
     share = (mean - first.mean_block()) / (other.mean_block() - first.mean_block())
     assert abs(float(jnp.median(share)) - 48 / 64) < 0.03
+
+
+@pytest.mark.parametrize(("form", "interval"), [("unit", 128), ("kronecker", 32)])
+def test_eigenbases_are_found_on_a_schedule(form, interval):
+    """More rarely where they only precondition; the Kronecker form solves by them."""
+    memory = Memory(form, "lagged" if form == "unit" else "average", mean_every=1)
+    u, q = random.normal(random.key(0), (40, 10)), jnp.ones((40, 3))
+    columns = Columns((3, 10), None, False, (3, 10))
+    component = Component(["w"], [columns])
+
+    def vectors(kept, seed):
+        at = UnitBlock(["x"], "affine", [component], u + random.normal(seed, u.shape), q)
+        kept = memory.remember(kept, [at])
+        return kept, kept.statistics["w"].basis.vectors
+
+    first = memory.start([UnitBlock(["x"], "affine", [component], u, q)])
+    _, bases = lax.scan(vectors, first, random.split(random.key(1), 299))
+    changes = jnp.any(bases[1:] != bases[:-1], (1, 2))
+    early = [n for n in (2, 4, 8, 16, 32, 64, 128) if n < interval]
+    found = [int(n) + 2 for n in jnp.flatnonzero(changes)]
+    assert found == early + list(range(interval, 300, interval))
 
 
 def test_dreams_give_the_models_blocks():

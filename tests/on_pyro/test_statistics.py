@@ -8,6 +8,7 @@ import torch
 from pyro_helmholtz.columns import Columns
 from pyro_helmholtz.fisher import eigenbasis
 from pyro_helmholtz.fisher.blocks import Component, Part, UnitBlock
+from pyro_helmholtz.fisher.memory import Memory
 from pyro_helmholtz.fisher.statistics import Statistics, compressed
 
 UNITS, SIZE = 3, 30
@@ -27,6 +28,21 @@ def mean_after(count, every):
     for seed in range(1, count):
         known.update(block(seed), 0.99)
     return known
+
+
+@pytest.mark.parametrize(("form", "interval"), [("unit", 128), ("kronecker", 32)])
+def test_eigenbases_are_found_on_a_schedule(form, interval):
+    """More rarely where they only precondition; the Kronecker form solves by them."""
+    memory = Memory(form, "lagged" if form == "unit" else "average")
+    found, before = [], None
+    for batches in range(1, 300):
+        memory.remember([block(0, rows=2 * SIZE)])
+        (known,) = memory.statistics.values()
+        if known.basis is not before:
+            found.append(batches)
+        before = known.basis
+    early = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < interval]
+    assert found == early + list(range(interval, 300, interval))
 
 
 def test_before_the_window_is_full_all_batches_weigh_the_same():
