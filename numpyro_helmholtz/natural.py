@@ -60,7 +60,7 @@ class NaturalSVI(HelmholtzSVI):
         refresh_every: take in a minibatch every so many steps (the thesis's K-step). None is 1,
             but for the Kronecker form with "average" every step of the first 300, in which the
             Fisher matrix moves fast, and then every 8.
-        tolerance: relative error of iterative solves.
+        tolerance: relative error of iterative solves, as they estimate it.
         kl_clip: largest ``½ xᵀFx``, a bound on the divergence per datum, in nats, of a step of
             rate one; the direction is shrunk to meet it. ``math.inf`` for no bound. None is 3
             with the default optimiser where a variable is unbounded (real numbers, counts), and

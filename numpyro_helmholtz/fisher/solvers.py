@@ -146,7 +146,8 @@ def in_sample_space(
 
     Args:
         features: U, (n, fan-in). coefficients: Q, (n, units), not negative. g: (units, fan-in).
-        damping: α > 0. tolerance: of ``‖x − x*‖ / ‖x‖`` over all units together.
+        damping: α > 0. tolerance: of ``‖x − x*‖ / ‖x‖`` over all units together; the error is
+            bounded by it, after a last step only expected to be below it.
         max_iterations: at most so many products.
     """
     tiny = jnp.finfo(g.dtype).tiny
