@@ -9,6 +9,10 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
 
+# JAX finds eigenbases by OpenBLAS, whose threads spin for 2^28 cycles after each call and keep
+# a core from the steps that follow; after 2^4 they sleep.
+export OPENBLAS_THREAD_TIMEOUT ?= 4
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 

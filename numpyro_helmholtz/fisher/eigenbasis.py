@@ -59,8 +59,8 @@ class EigenBasis:
             scales: (units,) or (units, d, d). damping: α > 0.
         """
         if scales.ndim == 1:
-            diagonal = damping + scales[:, None] * self.values
-            return lambda g: g / diagonal
+            inverse = 1 / (damping + scales[:, None] * self.values)
+            return lambda g: g * inverse
         inner, w = jnp.linalg.eigh(scales, symmetrize_input=False)
         inverse = 1 / (damping + jnp.maximum(inner, 0)[..., None] * self.values)
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import branches
 from ..parameters import strong
 from .assemble import Block
 from .blocks import UnitBlock, mean_scale
@@ -196,10 +197,24 @@ class Memory:
             kept: so far. current: the batch's blocks. damping: α.
             taken_in: what is kept once this batch is in it; the first batch serves itself.
         """
-        blocks = [self._recall(kept, block) for block in current]
+        started = self._started(kept, current)
+        blocks = [self._recall(started, block) for block in current]
         if self.form == "kronecker":
             blocks = [_with_statistics(block, kept, taken_in) for block in blocks]
         return Fisher(blocks, damping)
+
+    def _started(self, kept: Kept, current: list[Block]) -> Kept:
+        """What is kept; where no batch has come, the current one's arrays as the last one's.
+
+        One branch for all blocks: a choice for each would read both batches in every step.
+        """
+        own = {b.key: _kept_arrays(b) for b in current if self._holds(b) and not self._rings(b)}
+        held = {key: x for key, x in kept.held.items() if _shapes(x) == _shapes(own.get(key))}
+        own = {key: own[key] for key in held}
+        first = jax.tree.map(_in_common_type, own, held)
+        known = jax.tree.map(_in_common_type, held, own)
+        found = branches.cond(kept.batches == 0, lambda: first, known)
+        return replace(kept, held=kept.held | found)
 
     def _recall(self, kept: Kept, block: Block) -> Block:
         held = kept.held.get(block.key)
@@ -208,7 +223,8 @@ class Memory:
         if held is not None and self._rings(block):
             block = self._from_ring(block, kept, held)
         elif held is not None:
-            block = _lagged(block, held, kept.batches == 0)
+            fits = _shapes(held) == _shapes(_kept_arrays(block))
+            block = block.with_arrays(held) if fits else _either(block, held, kept.batches == 0)
         if isinstance(block, MatrixFreeBlock):
             return replace(block, tolerance=self.tolerance)
         block = replace(block, solver=self.form, tolerance=self.tolerance)
@@ -235,7 +251,7 @@ class Memory:
             "features": u.reshape(-1, u.shape[-1]),
             "coefficients": q.reshape(-1, *q.shape[2:]),
         }
-        return block.with_arrays(rows) if fits else _lagged(block, rows, empty)
+        return block.with_arrays(rows) if fits else _either(block, rows, empty)
 
 
 def with_absent(kept: Kept, other: Kept) -> Kept:
@@ -246,14 +262,12 @@ def with_absent(kept: Kept, other: Kept) -> Kept:
     return Kept(kept.batches, held | kept.held, statistics | kept.statistics)
 
 
-def _lagged(block: Block, held: dict[str, Any], first: Array) -> Block:
-    """A block on the batch that is held; on its own where none has come."""
-    own = _kept_arrays(block)
-    if _shapes(own) == _shapes(held):
-        return block.with_arrays(jax.tree.map(partial(jnp.where, first), own, held))
+def _either(block: Block, held: dict[str, Any], first: Array) -> Block:
+    """A block on what is held, which has another shape; on its own batch where none has come."""
     if isinstance(block, MatrixFreeBlock):
         return block
-    # Of another shape: one below the other, of which one counts.
+    # One below the other, of which one counts.
+    own = _kept_arrays(block)
     u = jnp.concatenate([own["features"], held["features"]])
     counts = [own["coefficients"] * first, held["coefficients"] * ~first]
     return block.with_arrays({"features": u, "coefficients": jnp.concatenate(counts)})
@@ -288,6 +302,11 @@ def _zeros(lead: tuple[int, ...], x: Array) -> Array:
 
 def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
     return jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)]
+
+
+def _in_common_type(x: Array, other: Array) -> Array:
+    """As it is, or in the type of both where batches differ in it (data as integers once)."""
+    return x if x.dtype == other.dtype else x.astype(jnp.promote_types(x.dtype, other.dtype))
 
 
 def _into_ring(at: Array, ring: Array, x: Array) -> Array:

@@ -205,6 +205,7 @@ class _Near(NamedTuple):
     Attributes:
         q: Q, (n, units). own: αQ⁻¹. weight: W.
         top: of G, (n, 1). size: ``topᵀ W_j top``, (units,). damping: α.
+        reach: ``|a|² / (α + |a|²)`` with ``a = √Q_j top``, see ``bound``, (units,).
     """
 
     q: Array
@@ -213,6 +214,7 @@ class _Near(NamedTuple):
     top: Array
     size: Array
     damping: Array
+    reach: Array
 
     @classmethod
     def of(cls, coefficients: Array, gram: Array, damping: Array) -> _Near:
@@ -226,7 +228,9 @@ class _Near(NamedTuple):
         top = image * lax.rsqrt(jnp.maximum(image @ share, limits.tiny))
         rest = jnp.maximum(jnp.diagonal(gram) - top * top, 0)  # G − top topᵀ is positive
         weight = 1 / (own + rest[:, None])
-        return cls(q, own, weight, top[:, None], (top * top) @ weight, damping)
+        size, square = (top * top) @ weight, (top * top) @ q
+        reach = square / (damping + square)
+        return cls(q, own, weight, top[:, None], size, damping, reach)
 
     def lengths(self, r: Array) -> tuple[Array, Array]:
         """``topᵀWr``, and ``rᵀz`` with z the inverse times r, both (units,)."""
@@ -248,7 +252,6 @@ class _Near(NamedTuple):
         """
         mean = along / jnp.maximum(self.size, jnp.finfo(r.dtype).tiny)
         rest = r - mean * self.top
-        square = ((self.top * self.top) * self.q).sum(0)
-        reach = jnp.sqrt(square / (self.damping + square))
-        error = jnp.abs(mean) * reach + jnp.sqrt((self.q * (rest * rest)).sum(0) / self.damping) / 2
+        square = (self.q * (rest * rest)).sum(0)
+        error = jnp.abs(mean) * jnp.sqrt(self.reach) + jnp.sqrt(square / self.damping) / 2
         return (error * error).sum()

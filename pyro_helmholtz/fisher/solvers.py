@@ -203,6 +203,8 @@ class _Near:
         self._turned = self._weight * top
         self._size = (self._turned @ top)[:, None]  # topᵀ W top
         self._shrink = self._size.add(1).reciprocal_()
+        square = (q @ top.square())[:, None]
+        self._reach = square.div_(square + damping)  # |a|² / (α + |a|²), see ``bound``
 
     def inverse(self, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``z = (W⁻¹ + top topᵀ)⁻¹ r``, (units, n), and ``topᵀWr`` and ``rᵀz``, (units, 1)."""
@@ -224,7 +226,5 @@ class _Near:
         mean = _ratio(along, self._size)
         rest = torch.addcmul(r, mean, self._top, value=-1)
         rest = (rest * self._q).mul_(rest).sum(-1, keepdim=True)
-        square = (self._q @ self._top.square())[:, None]
-        reach = (square / (square + self._damping)).sqrt_()
-        error = rest.div_(4 * self._damping).sqrt_().addcmul_(mean.abs_(), reach)
+        error = rest.div_(4 * self._damping).sqrt_().addcmul_(mean.abs_(), self._reach.sqrt())
         return error.square_().sum()

@@ -578,6 +578,20 @@ def tied(dtype=float):
     return model, guide
 
 
+@pytest.mark.parametrize("samples", ["lagged", "average"])
+def test_a_batch_may_come_in_another_type(samples):
+    """The first one, which ``init`` saw otherwise, or a later one: a matrix-free block keeps it."""
+    options = {"fisher": "unit", "fisher_samples": samples}
+    svi = nh.NaturalRWS(*tied(), numpyro.optim.SGD(0.1), 3, **options)
+    losses = []
+    for types in ([int, float, int, float], [float] * 4):
+        state = svi.init(KEY, X)
+        for dtype in types:
+            state, loss = svi.update(state, X.astype(dtype))
+            losses.append(float(loss))
+    close(np.array(losses[:4]), np.array(losses[4:]), 1e-12)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_extra_sleep_steps_with_a_parameter_of_both_programs(form):
     """The guide alone has a unit block; that of both programs is matrix-free."""
